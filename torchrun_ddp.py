@@ -1,0 +1,358 @@
+"""Train a model with DistributedDataParallel (DDP), launched by torchrun.
+
+torchrun starts this file as many times as you ask it to, one process for each GPU or,
+without GPUs, a few that share the CPU:
+
+    torchrun --standalone --nproc_per_node=2 torchrun_ddp.py
+
+On two machines with 8 GPUs each, run this on the first, whose address is 10.0.0.1, and
+with --node_rank=1 on the other:
+
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \\
+        --master_port=29500 torchrun_ddp.py
+
+To make it yours, replace MyModel and MyDataset. Comments "DDP 1" to "DDP 9" mark all
+that makes this distributed training; ddp.py has the same numbers.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import re
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # before the group is joined: leave_group() says why
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+
+class MyDataset(Dataset):
+    """Random inputs of shape (size,) and random labels, 0 or 1; the seed fixes them."""
+
+    def __init__(self, length, size, seed=0):
+        # DDP 3: the same data on every rank; unseeded, each would draw its own.
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = torch.randn(length, size, generator=generator)
+        self.labels = torch.randint(2, (length,), generator=generator)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.inputs[index], self.labels[index]
+
+    def __getitems__(self, indices):
+        """Return a batch, as a tuple, in one read. Optional, but far faster."""
+        indices = torch.tensor(indices)
+        return self.inputs.index_select(0, indices), self.labels.index_select(
+            0, indices
+        )
+
+
+class MyModel(nn.Module):
+    """One linear layer: (batch, input_size) inputs become (batch, 2) logits."""
+
+    def __init__(self, input_size):
+        super().__init__()
+        self.linear = nn.Linear(input_size, 2)
+
+    def forward(self, inputs):
+        return self.linear(inputs)
+
+
+def collate(batch):
+    """Make a batch of a list of samples; a tuple is one already (`__getitems__`)."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
+def make_loader(dataset, sampler, batch_size, num_workers, device):
+    """Return a DataLoader for this process; `sampler` picks and shuffles samples."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,  # started once, not again in every epoch
+        pin_memory=device.type == "cuda",  # lets the copy to the GPU be non-blocking
+    )
+
+
+def make_optimizer(model, learning_rate):
+    """Return Adam, fused (all parameters in one kernel) where PyTorch has it."""
+    try:
+        return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    except RuntimeError:  # on the CPU before PyTorch 2.4
+        return torch.optim.Adam(model.parameters(), lr=learning_rate)
+
+
+def clock(device):
+    """Return the time in seconds, once `device` has done all it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train_loop(model, loader, optimizer, device, args):
+    """Train `model`, wrapped in DDP or not.
+
+    Returns how many seconds it took, and the mean loss and the accuracy of the last
+    epoch, over the samples of all ranks.
+    """
+    steps, samples = len(loader), len(loader.sampler)  # of this rank, in an epoch
+    group_size = args.grad_accum_steps * loader.batch_size
+    no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # without DDP: nothing
+    joined = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    loss_function = nn.CrossEntropyLoss()
+    model.train()
+    start = clock(device)
+    for epoch in range(args.epochs):
+        loader.sampler.set_epoch(epoch)  # DDP 5: or every epoch has the same order
+        epoch_start = last_print = time.perf_counter()
+        seen = 0
+        # The sums of loss and of right answers stay on the device until the epoch ends:
+        # to read one, with .item(), is to wait for the GPU.
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+        for step, (inputs, labels) in enumerate(loader, start=1):
+            inputs = inputs.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            # A group of batches makes a step of the optimizer, and an epoch's last group
+            # can be smaller. Each sample weighs the same, as in one large batch.
+            in_group = min(group_size, samples - seen // group_size * group_size)
+            group_ends = step % args.grad_accum_steps == 0 or step == steps
+
+            # DDP 6: backward() averages the gradients over the ranks while it computes
+            # them, except in no_sync(), which must have been there in the forward pass.
+            with contextlib.nullcontext() if group_ends else no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    outputs = model(inputs)
+                loss = loss_function(outputs.float(), labels)
+                (loss * (len(labels) / in_group)).backward()
+            if group_ends:
+                optimizer.step()  # all ranks have equal gradients: models stay equal
+                optimizer.zero_grad()
+
+            seen += len(labels)
+            sums[0] += loss.detach() * len(labels)
+            sums[1] += (outputs.argmax(dim=1) == labels).sum()
+            if rank == 0 and time.perf_counter() - last_print > 5:
+                last_print = time.perf_counter()
+                rate = seen / (last_print - epoch_start)
+                print(
+                    f"  batch {step}/{steps}"
+                    f"  loss on rank 0 {sums[0].item() / seen:.4f}"
+                    f"  {rate * world_size:,.0f} samples/s"
+                    f"  {(samples - seen) / rate:.0f} s left",
+                    flush=True,
+                )
+
+        # DDP 7: sum over the ranks, then divide; rank 0's mean is not the model's.
+        totals = torch.cat([sums, sums.new_tensor([seen])])
+        if joined:
+            dist.all_reduce(totals)
+        loss_sum, correct, seen = totals.tolist()
+        if rank == 0:  # DDP 8
+            rate = seen / (time.perf_counter() - epoch_start)
+            print(
+                f"epoch {epoch + 1}/{args.epochs}  loss {loss_sum / seen:.4f}"
+                f"  accuracy {correct / seen:.1%}  {rate:,.0f} samples/s",
+                flush=True,
+            )
+    return clock(device) - start, loss_sum / seen, correct / seen
+
+
+def choose_backend(backend, local_world_size):
+    """Return `backend` or, if that is None, NCCL if each local rank can own a GPU.
+
+    Without that it is Gloo. Raises ValueError for an NCCL that cannot work here.
+    """
+    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    if backend is None:
+        return "nccl" if local_world_size <= gpus else "gloo"
+    if backend == "nccl" and gpus == 0:
+        raise ValueError("nccl needs a CUDA GPU, and there is none; use --backend gloo")
+    # With this variable set, NCCL 2.30 and later lets ranks share a GPU.
+    can_share = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    if backend == "nccl" and gpus < local_world_size and not can_share:
+        raise ValueError(
+            f"nccl needs a GPU for each of the {local_world_size} processes here, and"
+            f" there are {gpus}; use --backend gloo, or fewer processes"
+        )
+    return backend
+
+
+def own_device(local_rank):
+    """Return this rank's device: a GPU, shared if there are too few, or the CPU."""
+    if torch.cuda.device_count() == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # DDP 2: before CUDA is used, or all start on GPU 0
+    return device
+
+
+def leave_group():
+    """Leave the process group so that nothing of it is left when Python shuts down.
+
+    If something keeps a Gloo group alive, its threads run on, and one process in ten
+    aborts at its very end (https://github.com/pytorch/pytorch/issues/190489). So train
+    in a function, whose DDP model is gone when it returns; reference cycles that hold
+    it are collected here. The group also lives on in default arguments of functions in
+    torch.distributed.nn if that is first imported, as DDP does by itself, when there is
+    a group already. Hence its import at the top of this file.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def end_with_parent():
+    """End this process when its parent dies: an orphaned rank would train on unseen."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # at once, even if the main thread waits in a collective
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def fail(message):
+    """Say on stderr, in one line, what is wrong with the command; exit with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    else:
+        time.sleep(6)  # torchrun ends all ranks after the first: let that one print
+    sys.exit(2)
+
+
+def number(kind, low, high):
+    """Return an argparse type: an int or a float (`kind`) from `low` to `high`."""
+
+    def parse(text):
+        name = "a whole number" if kind is int else "a number"
+        try:
+            if low <= kind(text) <= high:
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+
+    return parse
+
+
+def make_parser(description, example):
+    """Return a parser with the flags that torchrun_ddp.py and ddp.py share."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example: {example}",
+    )
+    parser.error = fail
+    parser.add_argument(
+        "--backend",
+        choices=["nccl", "gloo"],
+        help="default: nccl if each process can own a GPU, else gloo",
+    )
+
+    def add(flag, kind, low, high, default, help, unit="N"):
+        help += " (default: %(default)s)"
+        kind = number(kind, low, high)
+        parser.add_argument(flag, type=kind, default=default, metavar=unit, help=help)
+
+    add("--epochs", int, 1, 10**6, 5, "passes over the dataset")
+    add("--batch_size", int, 1, 10**6, 64, "samples per process and step")
+    add("--input_size", int, 1, 10**6, 100, "features per sample")
+    add("--dataset_length", int, 1, 10**9, 1000, "samples in the dataset")
+    add("--learning_rate", float, 1e-9, 100, 0.01, "of Adam", "X")
+    add("--seed", int, 0, 2**31, 0, "of the weights, the data and the shuffling")
+    add("--num_workers", int, 0, 64, 0, "DataLoader workers per process")
+    add("--grad_accum_steps", int, 1, 10**6, 1, "batches per step of the optimizer")
+    add("--timeout", float, 1, 10**6, 600, "longest wait for a lost rank", "SECONDS")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    return parser
+
+
+def parse(parser):
+    """Parse the command line. Exits with code 2, and one line, if it makes no sense."""
+
+    # torchrun takes --master-port for --master_port, so take --batch-size as well.
+    def with_underscores(flag):
+        return "--" + flag[0][2:].replace("-", "_")
+
+    words = [re.sub("^--[^=]+", with_underscores, word) for word in sys.argv[1:]]
+    args = parser.parse_args(words)
+    if args.dataset_length * args.input_size > 2**31:
+        fail(
+            "--dataset_length times --input_size is over 2**31 (8 GiB of data); use less"
+        )
+    return args
+
+
+def parse_args():
+    parser = make_parser(
+        "Train with DistributedDataParallel (DDP). To be launched by torchrun.",
+        "torchrun --standalone --nproc_per_node=2 torchrun_ddp.py --epochs 10",
+    )
+    args = parse(parser)
+    if "LOCAL_RANK" not in os.environ:
+        fail("run it as: torchrun --standalone --nproc_per_node=2 torchrun_ddp.py")
+    try:
+        args.backend = choose_backend(args.backend, int(os.environ["LOCAL_WORLD_SIZE"]))
+    except ValueError as error:
+        fail(f"argument --backend: {error}")
+    return args
+
+
+def train(args, device):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        print(
+            f"DDP training: {world_size} processes on {device.type} ({args.backend}),"
+            f" batch size {args.batch_size} each, {args.batch_size * world_size} in all",
+            flush=True,
+        )
+    torch.manual_seed(
+        args.seed
+    )  # DDP 3: the same weights on every rank; DDP makes sure
+    dataset = MyDataset(args.dataset_length, args.input_size, args.seed)
+    model = DistributedDataParallel(MyModel(args.input_size).to(device))
+    torch.manual_seed(args.seed + rank)  # from here on: dropout differs between ranks
+    optimizer = make_optimizer(model, args.learning_rate)
+    sampler = DistributedSampler(dataset, seed=args.seed)  # DDP 4: each rank its part
+    loader = make_loader(dataset, sampler, args.batch_size, args.num_workers, device)
+    seconds, _, _ = train_loop(model, loader, optimizer, device, args)
+    if rank == 0:
+        print(f"DDP training time: {seconds:.2f} seconds", flush=True)
+
+
+@record  # puts the traceback of a rank that fails into torchrun's report
+def main():  # DDP 1: torchrun runs this in every process it starts
+    args = parse_args()
+    end_with_parent()
+    device = own_device(int(os.environ["LOCAL_RANK"]))
+    # DDP 2: join the others; torchrun's environment variables say who and where.
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
+    train(args, device)
+    leave_group()  # DDP 9
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        # Once is enough: torchrun reports the traceback when it will not try again.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "not torchrun")
+        if restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+            raise
+        sys.exit(1)
