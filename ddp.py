@@ -16,19 +16,25 @@ that makes this distributed training; torchrun_ddp.py has the same numbers.
 
 import argparse
 import contextlib
+import copy
 import errno
 import gc
 import itertools
+import json
 import math
 import os
+import platform
 import re
 import signal
 import socket
+import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
+from contextlib import redirect_stdout
 from datetime import timedelta
 
 import torch
@@ -133,7 +139,7 @@ def train_loop(model, loader, optimizer, device, args):
         for step, (inputs, labels) in enumerate(loader, start=1):
             inputs = inputs.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            # A group of batches makes a step of the optimizer, and an epoch's last group
+            # A group of batches makes an optimizer step, and an epoch's last group
             # can be smaller. Each sample weighs the same, as in one large batch.
             in_group = min(group_size, samples - seen // group_size * group_size)
             group_ends = step % args.grad_accum_steps == 0 or step == steps
@@ -298,9 +304,7 @@ def parse(parser):
     words = [re.sub("^--[^=]+", with_underscores, word) for word in sys.argv[1:]]
     args = parser.parse_args(words)
     if args.dataset_length * args.input_size > 2**31:
-        fail(
-            "--dataset_length times --input_size is over 2**31 (8 GiB of data); use less"
-        )
+        fail("--dataset_length times --input_size is over 2**31 numbers (8 GiB)")
     return args
 
 
@@ -323,6 +327,72 @@ class GlobalSampler(DistributedSampler):
         return self.length
 
 
+class TimedLoader:
+    """A loader that adds up, in `seconds`, how long the program waits for batches."""
+
+    def __init__(self, loader, device):
+        self.loader, self.device, self.seconds = loader, device, 0
+        self.sampler, self.batch_size = loader.sampler, loader.batch_size
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        start = clock(self.device)
+        for batch in self.loader:
+            self.seconds += clock(self.device) - start
+            yield batch
+            start = clock(self.device)
+
+
+def measure_step(model, dataset, optimizer, device, args, seconds):
+    """Return for how many ms a DDP step waits for data, computes and synchronises.
+
+    Trains on for about two seconds, in turns with synchronisation and without, in
+    no_sync(): the difference is what synchronisation costs. `seconds` is how long a
+    step took in training. Returns None if even two of them would take too long.
+    """
+    seconds = torch.tensor(seconds, device=device)
+    dist.broadcast(seconds, 0)  # the ranks are to agree on the number of steps
+    turns = int(1 / seconds.item()) or 1  # of two steps each
+    rounds, steps = min(turns, 5), turns // min(turns, 5)
+    if seconds.item() > 3:
+        return None
+    size = args.batch_size * args.grad_accum_steps * dist.get_world_size()
+    sampler = DistributedSampler(range(min(len(dataset), steps * size)))
+    loader = make_loader(dataset, sampler, args.batch_size, args.num_workers, device)
+    loader = TimedLoader(loader, device)
+    epoch_steps = math.ceil(len(loader) / args.grad_accum_steps)
+    args = argparse.Namespace(**dict(vars(args), epochs=math.ceil(steps / epoch_steps)))
+    waits, times = [], {True: [], False: []}
+    for synchronise in (True, False) * rounds:
+        context = contextlib.nullcontext() if synchronise else model.no_sync()
+        loader.seconds = 0
+        with context, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            spent, _, _ = train_loop(model, loader, optimizer, device, args)
+        waits.append(loader.seconds / (args.epochs * epoch_steps) * 1000)
+        times[synchronise].append(spent / (args.epochs * epoch_steps) * 1000)
+    data, local = statistics.median(waits), statistics.median(times[False])
+    sync = max(0, statistics.median(times[True]) - local)
+    return {"data": data, "compute": max(0, local - data), "sync": sync}
+
+
+def is_per_sample(model, loader, device):
+    """Return whether the output for a sample depends on that sample alone.
+
+    With BatchNorm or dropout it does not, and the ranks cannot train what one process
+    does: each normalises its own batch and draws its own random numbers.
+    """
+    inputs = next(iter(loader))[0].to(device)
+    middle = len(inputs) // 2
+    if middle == 0:
+        return True
+    with torch.no_grad():
+        whole = model(inputs)
+        parts = torch.cat([model(inputs[:middle]), model(inputs[middle:])])
+    return torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+
+
 def train(rank, world_size, ddp, args, device):
     """Train as rank `rank` of `world_size` or, without `ddp`, as all of them in one."""
     torch.manual_seed(
@@ -340,19 +410,41 @@ def train(rank, world_size, ddp, args, device):
     optimizer = make_optimizer(model, args.learning_rate)
     loader = make_loader(dataset, sampler, batch_size, args.num_workers, device)
     seconds, loss, accuracy = train_loop(trained, loader, optimizer, device, args)
-    result = {"seconds": seconds, "loss": loss, "accuracy": accuracy}
-    return dict(result, weights=model.state_dict())
+
+    samples = args.epochs * len(sampler) * (world_size if ddp else 1)
+    steps = args.epochs * math.ceil(len(loader) / args.grad_accum_steps)
+    result = {
+        "seconds": seconds,
+        "samples_per_second": samples / seconds,
+        "loss": loss,
+        "accuracy": accuracy,
+        "steps": steps,
+        "gradient_bytes": sum(
+            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+        ),
+        "weights": copy.deepcopy(model.state_dict()),  # what follows changes the model
+    }
+    if ddp:
+        result["step_ms"] = measure_step(
+            trained, dataset, optimizer, device, args, seconds / steps
+        )
+    else:
+        result["is_per_sample"] = is_per_sample(model, loader, device)
+    return result
 
 
 def worker(rank, world_size, ddp, args, address, result_file):
     """Be one process: a rank of DDP training, or the only one of normal training."""
     end_with_parent()
-    # As many threads for normal training as for each rank: DDP gets no other help.
-    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    # Normal training has as many threads as a rank: the processes make the difference.
+    threads = max(1, args.cores // world_size)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
     device = own_device(rank)
     if ddp:
         timeout = timedelta(seconds=args.timeout)
+        # The store serves one run after the other: each has a prefix of its own.
         store = dist.TCPStore(*address, timeout=timeout)
+        store = dist.PrefixStore(f"world size {world_size}", store)
         # DDP 2: join the others: which rank this is, of how many, and where they meet.
         dist.init_process_group(
             args.backend, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -387,28 +479,116 @@ def largest_difference(weights, others):
     return torch.stack([difference.max() for difference in differences]).max().item()
 
 
-def compare(args, store, folder):
-    """Train both ways, and print what came of it."""
-    n, batch = args.world_size, args.batch_size
-    print(f"Normal training: 1 process, batch size {batch * n}", flush=True)
-    normal = run(n, False, args, store, folder)
+def compare(world_size, args, store, folder):
+    """Train both ways; return the figures, as in the JSON file, and a verdict."""
+    batch = args.batch_size
+    print(f"Normal training: 1 process, batch size {batch * world_size}", flush=True)
+    normal = run(world_size, False, args, store, folder)
     print(f"Normal training time: {normal['seconds']:.2f} seconds\n")
     print(
-        f"DDP training: {n} processes on backend {args.backend}, batch size {batch} each:"
-        f" global batch size {batch * n}",
+        f"DDP training: {world_size} processes, batch size {batch} each",
         flush=True,
     )
-    ddp = run(n, True, args, store, folder)
+    ddp = run(world_size, True, args, store, folder)
     print(f"DDP training time: {ddp['seconds']:.2f} seconds\n")
 
+    # The weights differ by rounding, since DDP adds the gradients up in another order.
+    # That hardly changes the first half of the digits of what training has changed.
     torch.manual_seed(args.seed)
-    moved = largest_difference(normal["weights"], MyModel(args.input_size).state_dict())
+    untrained = MyModel(args.input_size).state_dict()
     difference = largest_difference(normal["weights"], ddp["weights"])
     precision = torch.finfo(torch.bfloat16 if args.amp else torch.float32).eps
-    same = difference <= precision**0.5 * moved  # more than rounding cannot explain
-    print(f"Speedup: {normal['seconds'] / ddp['seconds']:.2f}x")
-    print(f"Largest weight difference: {difference:.1e} (training moved {moved:.1e})")
-    print(f"Same model: {'yes' if same else 'NO'}")
+    moved = largest_difference(normal["weights"], untrained)
+    speedup = normal["seconds"] / ddp["seconds"]
+    figures = ("seconds", "samples_per_second", "loss", "accuracy")
+    comparison = {
+        "world_size": world_size,
+        "global_batch_size": batch * world_size,
+        "normal": {name: normal[name] for name in figures},
+        "ddp": {name: ddp[name] for name in figures},
+        "speedup": speedup,
+        "efficiency": speedup / world_size,
+        "max_weight_difference": difference,
+        "same_model": difference <= precision**0.5 * moved,
+        "ddp_step_ms": ddp["step_ms"],
+    }
+    return comparison, normal["is_per_sample"], verdict(comparison, normal, ddp, args)
+
+
+def verdict(comparison, normal, ddp, args):
+    """Say in a sentence or two what the figures show, and which flags would help."""
+    if not comparison["same_model"] and normal["is_per_sample"]:
+        return "The two models differ by more than rounding: DDP training is not right."
+    n, step = comparison["world_size"], comparison["ddp_step_ms"]
+    speedup, efficiency = comparison["speedup"], comparison["efficiency"]
+    how = "faster" if speedup > 1.05 else "slower" if speedup < 0.95 else "no faster"
+    text = (
+        f"DDP in {n} process{'es' if n > 1 else ''} is {how}: {speedup:.2f} times the"
+        f" speed of normal training, where {n} would be ideal."
+    )
+    if not comparison["same_model"]:
+        text += " The models differ, as they have to with BatchNorm or dropout."
+    gpus = torch.cuda.device_count()
+    if n > (gpus or args.cores):
+        what = f"{gpus} GPU(s)" if gpus else f"{args.cores} core(s)"
+        return (
+            f"{text} They share {what} and take turns; try as many processes as that."
+        )
+    if efficiency > 0.9 or n == 1 or step is None:
+        return text
+
+    # Ideally a step takes 1/n of normal training's. Where does most of the rest go?
+    ideal = normal["seconds"] / normal["steps"] * 1000 / n
+    alone = step["data"] + step["compute"]
+    if step["sync"] > alone - ideal:
+        text += (
+            f" Synchronising {ddp['gradient_bytes']:,} bytes of gradients costs"
+            f" {step['sync']:.2f} ms of a step's {alone + step['sync']:.2f} ms"
+        )
+        advice = "; --grad_accum_steps {} does it less often.", args.grad_accum_steps
+    else:
+        text += (
+            f" Without synchronising, a step takes {alone:.2f} ms, and 1/{n} of one of"
+            f" normal training is {ideal:.2f} ms"
+        )
+        advice = "; --batch_size {} gives each process more to do.", args.batch_size
+    # Larger steps are fewer steps: advise no more of it than leaves four in an epoch.
+    factor = min(8, normal["steps"] // args.epochs // 4)
+    return text + (advice[0].format(factor * advice[1]) if factor > 1 else ".")
+
+
+def print_table(comparisons):
+    """Print a line for each world size; 80 columns hold it."""
+    print(
+        "           global     seconds         samples/s                  same  weights"
+    )
+    print(
+        "processes   batch  normal     DDP   normal     DDP   speed effic. model  differ"
+    )
+    for c in comparisons:
+        normal, ddp = c["normal"], c["ddp"]
+        print(
+            f"{c['world_size']:9} {c['global_batch_size']:7,}"
+            f" {normal['seconds']:7.2f} {ddp['seconds']:7.2f}"
+            f" {normal['samples_per_second']:8,.0f} {ddp['samples_per_second']:8,.0f}"
+            f" {c['speedup']:5.2f}x {c['efficiency']:5.0%}"
+            f" {'yes' if c['same_model'] else 'NO':>5} {c['max_weight_difference']:.1e}"
+        )
+
+
+def print_step(comparison):
+    """Print where the time of a DDP step goes, as figures and as a bar."""
+    step = comparison["ddp_step_ms"]
+    if step is None:
+        print("A step takes too long to measure its parts in a few seconds.")
+        return
+    total = sum(step.values())
+    print(f"A step of DDP, world size {comparison['world_size']}: {total:.2f} ms")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    for part, milliseconds in step.items():
+        share = milliseconds / total
+        bar = ("\N{FULL BLOCK}" if unicode else "#") * round(50 * share)
+        print(f"  {part:7} {milliseconds:8.2f} ms {share:4.0%} {bar}")
 
 
 def parse_args():
@@ -419,18 +599,49 @@ def parse_args():
     parser.add_argument(
         "--world_size",
         type=number(int, 1, max(16, os.cpu_count())),
-        default=torch.cuda.device_count() or 2,
+        nargs="+",
+        default=[torch.cuda.device_count() or 2],
         metavar="N",
-        help="processes of DDP training (default: one for each GPU, or 2 without GPUs)",
+        help="processes of DDP training; several values are compared in one table"
+        " (default: one for each GPU, or 2 without GPUs)",
     )
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     args = parse(parser)
     if "LOCAL_RANK" in os.environ:
         fail("it starts its own processes, so run it as: python ddp.py")
     try:
-        args.backend = choose_backend(args.backend, args.world_size)
+        args.backend = choose_backend(args.backend, max(args.world_size))
     except ValueError as error:
         fail(f"argument --backend: {error}")
+    on_linux = hasattr(os, "sched_getaffinity")  # it knows what a container may use
+    args.cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
+    args.world_size = list(dict.fromkeys(args.world_size))
+    if args.json:
+        try:
+            write_json(args.json, None)
+        except OSError as error:
+            fail(f"argument --json: cannot write {args.json}: {error.strerror}")
     return args
+
+
+def write_json(path, figures):
+    """Write `figures` to a file, whole or not at all; with None, only try to.
+
+    Raises OSError if it cannot be written there.
+    """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "Not a regular file")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w") as file:
+            json.dump(figures, file, indent=1)
+            file.write("\n")
+        if figures is not None:
+            os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def open_store():
@@ -472,16 +683,40 @@ def main():
     load_dotenv()
     args = parse_args()
     store = open_store()
+    device = "cuda" if torch.cuda.device_count() else "cpu"
+    print(f"PyTorch {torch.__version__} on {device}, backend {args.backend}\n")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            compare(args, store, folder)
+            compared = [compare(n, args, store, folder) for n in args.world_size]
     except KeyboardInterrupt:
         sys.exit(130)
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        sys.exit(f"DDP training failed: {error}")
+        sys.exit(f"Training failed: {error}")
     finally:
         for process in mp.active_children():
             process.kill()
+
+    comparisons = [comparison for comparison, _, _ in compared]
+    print_table(comparisons)
+    print("Equal for both: first weights, samples of each step, threads per process.")
+    for comparison, _, text in compared:
+        print()
+        print_step(comparison)
+        print(textwrap.fill(text, 80, break_on_hyphens=False))
+    if args.json:
+        settings = ("backend", "dataset_length", "input_size", "batch_size", "epochs")
+        figures = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": device,
+            **{name: getattr(args, name) for name in settings},
+            "runs": comparisons,
+        }
+        # JSON has no NaN, which a training that fails to converge can print.
+        figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
+        write_json(args.json, figures)
+    if not all(c["same_model"] or not per_sample for c, per_sample, _ in compared):
+        sys.exit("Normal and DDP training ended with different models.")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def train_loop(model, loader, optimizer, device, args):
         for step, (inputs, labels) in enumerate(loader, start=1):
             inputs = inputs.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            # A group of batches makes a step of the optimizer, and an epoch's last group
+            # A group of batches makes an optimizer step, and an epoch's last group
             # can be smaller. Each sample weighs the same, as in one large batch.
             in_group = min(group_size, samples - seen // group_size * group_size)
             group_ends = step % args.grad_accum_steps == 0 or step == steps
@@ -291,9 +291,7 @@ def parse(parser):
     words = [re.sub("^--[^=]+", with_underscores, word) for word in sys.argv[1:]]
     args = parser.parse_args(words)
     if args.dataset_length * args.input_size > 2**31:
-        fail(
-            "--dataset_length times --input_size is over 2**31 (8 GiB of data); use less"
-        )
+        fail("--dataset_length times --input_size is over 2**31 numbers (8 GiB)")
     return args
 
 
@@ -317,7 +315,7 @@ def train(args, device):
     if rank == 0:
         print(
             f"DDP training: {world_size} processes on {device.type} ({args.backend}),"
-            f" batch size {args.batch_size} each, {args.batch_size * world_size} in all",
+            f" batch size {args.batch_size} each, global {args.batch_size * world_size}",
             flush=True,
         )
     torch.manual_seed(

@@ -40,7 +40,7 @@ def training(run, where):
 @pytest.fixture(params=[DDP, STANDALONE], ids=["ddp", "torchrun"])
 def command(request, folder):
     # Normal training, which comes first, would never end with so many epochs.
-    call = "run(n, False, args, store, folder)"
+    call = "run(world_size, False, args, store, folder)"
     short = call.replace("args", "argparse.Namespace(**dict(vars(args), epochs=1))")
     edit(folder / "ddp.py", (call, short))
     return request.param
