@@ -14,6 +14,10 @@ To make it yours, replace MyModel and MyDataset. Comments "DDP 1" to "DDP 9" mar
 that makes this distributed training; torchrun_ddp.py has the same numbers.
 """
 
+import os
+
+PARENT = os.getppid()  # before the slow imports, or is_orphan() has a blind spot
+
 import argparse
 import contextlib
 import copy
@@ -22,7 +26,6 @@ import gc
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import signal
@@ -45,6 +48,9 @@ from dotenv import load_dotenv
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+# PyTorch 2.0 warns of itself when it loads a file.
+warnings.filterwarnings("ignore", "TypedStorage is deprecated")
 
 
 class MyDataset(Dataset):
@@ -114,13 +120,13 @@ def clock(device):
     return time.perf_counter()
 
 
-def train_loop(model, loader, optimizer, device, args):
+def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None):
     """Train `model`, wrapped in DDP or not.
 
+    Calls `save(epoch, step)`, if given, after each optimizer step and each epoch.
     Returns how many seconds it took, and the mean loss and the accuracy of the last
     epoch, over the samples of all ranks.
     """
-    steps, samples = len(loader), len(loader.sampler)  # of this rank, in an epoch
     group_size = args.grad_accum_steps * loader.batch_size
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # without DDP: nothing
     joined = dist.is_initialized()
@@ -128,8 +134,11 @@ def train_loop(model, loader, optimizer, device, args):
     loss_function = nn.CrossEntropyLoss()
     model.train()
     start = clock(device)
-    for epoch in range(args.epochs):
+    for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)  # DDP 5: or every epoch has the same order
+        steps, samples = len(loader), len(loader.sampler)  # of this rank
+        # Ranks draw different dropout masks; an epoch draws the same after a resume.
+        torch.manual_seed(args.seed + epoch * world_size + rank)
         epoch_start = last_print = time.perf_counter()
         seen = 0
         # The sums of loss and of right answers stay on the device until the epoch ends:
@@ -154,6 +163,8 @@ def train_loop(model, loader, optimizer, device, args):
             if group_ends:
                 optimizer.step()  # all ranks have equal gradients: models stay equal
                 optimizer.zero_grad()
+                if save and step < steps:
+                    save(epoch, step)
 
             seen += len(labels)
             sums[0] += loss.detach() * len(labels)
@@ -181,6 +192,8 @@ def train_loop(model, loader, optimizer, device, args):
                 f"  accuracy {correct / seen:.1%}  {rate:,.0f} samples/s",
                 flush=True,
             )
+        if save:
+            save(epoch + 1, 0)
     return clock(device) - start, loss_sum / seen, correct / seen
 
 
@@ -227,12 +240,16 @@ def leave_group():
     dist.destroy_process_group()
 
 
+def is_orphan():
+    """Return whether the process that started this one is gone."""
+    return os.getppid() != PARENT
+
+
 def end_with_parent():
     """End this process when its parent dies: an orphaned rank would train on unseen."""
-    parent = os.getppid()
 
     def watch():
-        while os.getppid() == parent:
+        while not is_orphan():
             time.sleep(0.5)
         os._exit(1)  # at once, even if the main thread waits in a collective
 
@@ -395,9 +412,7 @@ def is_per_sample(model, loader, device):
 
 def train(rank, world_size, ddp, args, device):
     """Train as rank `rank` of `world_size` or, without `ddp`, as all of them in one."""
-    torch.manual_seed(
-        args.seed
-    )  # DDP 3: the same weights on every rank; DDP makes sure
+    torch.manual_seed(args.seed)  # DDP 3: the same weights on every rank
     dataset = MyDataset(args.dataset_length, args.input_size, args.seed)
     model = MyModel(args.input_size).to(device)
     if ddp:
@@ -406,7 +421,6 @@ def train(rank, world_size, ddp, args, device):
     else:
         trained, batch_size = model, args.batch_size * world_size
         sampler = GlobalSampler(dataset, world_size, args.seed)
-    torch.manual_seed(args.seed + rank)  # from here on: dropout differs between ranks
     optimizer = make_optimizer(model, args.learning_rate)
     loader = make_loader(dataset, sampler, batch_size, args.num_workers, device)
     seconds, loss, accuracy = train_loop(trained, loader, optimizer, device, args)
@@ -679,7 +693,6 @@ def open_store():
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleaning up on the way
-    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # PyTorch 2.0's own
     load_dotenv()
     args = parse_args()
     store = open_store()

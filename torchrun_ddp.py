@@ -15,14 +15,22 @@ To make it yours, replace MyModel and MyDataset. Comments "DDP 1" to "DDP 9" mar
 that makes this distributed training; ddp.py has the same numbers.
 """
 
+import os
+
+PARENT = os.getppid()  # before the slow imports, or is_orphan() has a blind spot
+
 import argparse
 import contextlib
 import gc
-import os
+import io
+import itertools
 import re
 import sys
 import threading
 import time
+import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -101,13 +109,13 @@ def clock(device):
     return time.perf_counter()
 
 
-def train_loop(model, loader, optimizer, device, args):
+def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None):
     """Train `model`, wrapped in DDP or not.
 
+    Calls `save(epoch, step)`, if given, after each optimizer step and each epoch.
     Returns how many seconds it took, and the mean loss and the accuracy of the last
     epoch, over the samples of all ranks.
     """
-    steps, samples = len(loader), len(loader.sampler)  # of this rank, in an epoch
     group_size = args.grad_accum_steps * loader.batch_size
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # without DDP: nothing
     joined = dist.is_initialized()
@@ -115,8 +123,11 @@ def train_loop(model, loader, optimizer, device, args):
     loss_function = nn.CrossEntropyLoss()
     model.train()
     start = clock(device)
-    for epoch in range(args.epochs):
+    for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)  # DDP 5: or every epoch has the same order
+        steps, samples = len(loader), len(loader.sampler)  # of this rank
+        # Ranks draw different dropout masks; an epoch draws the same after a resume.
+        torch.manual_seed(args.seed + epoch * world_size + rank)
         epoch_start = last_print = time.perf_counter()
         seen = 0
         # The sums of loss and of right answers stay on the device until the epoch ends:
@@ -141,6 +152,8 @@ def train_loop(model, loader, optimizer, device, args):
             if group_ends:
                 optimizer.step()  # all ranks have equal gradients: models stay equal
                 optimizer.zero_grad()
+                if save and step < steps:
+                    save(epoch, step)
 
             seen += len(labels)
             sums[0] += loss.detach() * len(labels)
@@ -168,6 +181,8 @@ def train_loop(model, loader, optimizer, device, args):
                 f"  accuracy {correct / seen:.1%}  {rate:,.0f} samples/s",
                 flush=True,
             )
+        if save:
+            save(epoch + 1, 0)
     return clock(device) - start, loss_sum / seen, correct / seen
 
 
@@ -214,12 +229,16 @@ def leave_group():
     dist.destroy_process_group()
 
 
+def is_orphan():
+    """Return whether the process that started this one is gone."""
+    return os.getppid() != PARENT
+
+
 def end_with_parent():
     """End this process when its parent dies: an orphaned rank would train on unseen."""
-    parent = os.getppid()
 
     def watch():
-        while os.getppid() == parent:
+        while not is_orphan():
             time.sleep(0.5)
         os._exit(1)  # at once, even if the main thread waits in a collective
 
@@ -295,10 +314,155 @@ def parse(parser):
     return args
 
 
+def join_group(args):
+    """Join the other ranks; torchrun's environment variables say who and where.
+
+    torchrun's store outlives a restart, and with it the addresses of ranks that are
+    gone, which new ranks would call (https://github.com/pytorch/pytorch/issues/167288).
+    So rank 0 gives each attempt a part of the store with a name of its own. It tells
+    the name to whoever says hello, again and again until all have arrived: what it
+    finds there first can be the hello of a rank that is gone.
+    """
+    timeout = timedelta(seconds=args.timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    name, deadline = uuid.uuid4().hex, time.monotonic() + args.timeout
+    if rank > 0:
+        store.set(f"hello {rank}", name)
+        name = store.get(f"welcome {name}").decode()  # waits for it
+        store.add(f"arrived {name}", 1)
+    while rank == 0 and store.add(f"arrived {name}", 0) < world_size - 1:
+        for other in range(1, world_size):
+            store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"timed out after {args.timeout:g} s waiting for ranks")
+        time.sleep(0.05)
+    # DDP 2: join the others
+    dist.init_process_group(
+        args.backend,
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
+class ResumingSampler(DistributedSampler):
+    """A DistributedSampler that leaves out what an interrupted epoch has trained."""
+
+    def __init__(self, dataset, seed, epoch=0, trained=0):
+        super().__init__(dataset, seed=seed)
+        self.interrupted_epoch, self.trained = epoch, trained // self.num_replicas
+
+    def skipped(self):
+        return self.trained if self.epoch == self.interrupted_epoch else 0
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skipped(), None)
+
+    def __len__(self):
+        return super().__len__() - self.skipped()
+
+
+def load_snapshot(args):
+    """Return the snapshot to resume from, or None if there is none yet.
+
+    Exits with code 2 if it does not fit this run, or none can be saved in its place.
+    """
+    path = args.snapshot_path
+    try:
+        with open(path + ".tmp", "wb"):
+            os.remove(path + ".tmp")
+    except OSError as error:
+        fail(f"argument --snapshot_path: cannot write {path}.tmp: {error.strerror}")
+    if not os.path.lexists(path):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a broken file: it is refused below
+            # weights_only: a snapshot is data, and runs no code, whoever wrote it.
+            snapshot = torch.load(path, map_location="cpu", weights_only=True)
+        settings = snapshot["settings"]
+        for name, value in fixed_settings(args).items():
+            if settings[name] != value:
+                raise ValueError(f"it was made with --{name} {settings[name]}")
+        MyModel(args.input_size).load_state_dict(snapshot["model"])
+    except Exception as error:  # noqa: BLE001, a broken file can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        fail(f"argument --snapshot_path: cannot resume from {path}: {reason}")
+    return snapshot
+
+
+def fixed_settings(args):
+    """Return the flags that have to stay the same from start to end of a training."""
+    model = "input_size learning_rate seed amp"
+    data = "dataset_length batch_size grad_accum_steps"
+    return {name: getattr(args, name) for name in f"{model} {data}".split()}
+
+
+def write_snapshot(path, data):
+    """Write a file so that, whatever happens, the old or the new one is there."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not is_orphan():  # whose snapshot the next launch may be using already
+            os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise RuntimeError(f"cannot save {path}: {error.strerror}") from error
+
+
+def make_save(args, model, optimizer, sampler):
+    """Return rank 0's `save(epoch, step)`: it saves if a snapshot is due there.
+
+    One is due after each epoch (step 0) and in one after every `save_every` batches. It
+    is written in the background, since all ranks would have to wait for a slow disk. If
+    the one before it is not done yet, it is left out, unless it is the last.
+    """
+    writer, writing = ThreadPoolExecutor(max_workers=1), None
+
+    def save(epoch, step):
+        nonlocal writing
+        in_epoch = args.save_every and step % args.save_every < args.grad_accum_steps
+        last = epoch == args.epochs
+        if not (step == 0 or in_epoch) or (writing and not writing.done() and not last):
+            return
+        if writing:
+            writing.result()  # raises what went wrong with it
+        trained = sampler.skipped() + step * args.batch_size if step else 0
+        snapshot = {
+            "model": model.module.state_dict(),  # of the module: no "module." in keys
+            "optimizer": optimizer.state_dict(),
+            "epoch": epoch,
+            "step": step + sampler.skipped() // args.batch_size if step else 0,
+            "trained": trained * dist.get_world_size(),  # samples in this epoch, in all
+            "settings": fixed_settings(args),
+        }
+        buffer = io.BytesIO()
+        torch.save(snapshot, buffer)
+        writing = writer.submit(write_snapshot, args.snapshot_path, buffer.getvalue())
+        if last:
+            writing.result()
+
+    return save
+
+
 def parse_args():
     parser = make_parser(
         "Train with DistributedDataParallel (DDP). To be launched by torchrun.",
         "torchrun --standalone --nproc_per_node=2 torchrun_ddp.py --epochs 10",
+    )
+    parser.add_argument(
+        "--snapshot_path",
+        metavar="FILE",
+        help="resume from FILE if it exists, and save to it after every epoch",
+    )
+    parser.add_argument(
+        "--save_every",
+        type=number(int, 0, 10**9),
+        default=0,
+        metavar="N",
+        help="also save after every N batches of an epoch (default: %(default)s)",
     )
     args = parse(parser)
     if "LOCAL_RANK" not in os.environ:
@@ -307,27 +471,52 @@ def parse_args():
         args.backend = choose_backend(args.backend, int(os.environ["LOCAL_WORLD_SIZE"]))
     except ValueError as error:
         fail(f"argument --backend: {error}")
+    if args.save_every and not args.snapshot_path:
+        fail("argument --save_every: it needs --snapshot_path as well")
     return args
 
 
-def train(args, device):
+def train(args, device, snapshot):
+    """Train, from the start or from rank 0's snapshot."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         print(
             f"DDP training: {world_size} processes on {device.type} ({args.backend}),"
-            f" batch size {args.batch_size} each, global {args.batch_size * world_size}",
+            f" global batch size {args.batch_size * world_size}",
             flush=True,
         )
-    torch.manual_seed(
-        args.seed
-    )  # DDP 3: the same weights on every rank; DDP makes sure
+    # Rank 0 hands its snapshot to the others: all start at the same place, and hosts
+    # need no file system in common.
+    handed = [snapshot]
+    dist.broadcast_object_list(handed)
+    snapshot = handed[0] or {"epoch": 0, "step": 0, "trained": 0}
+    finished = snapshot["epoch"] >= args.epochs
+    if rank == 0 and handed[0]:
+        print(
+            f"{args.snapshot_path}: {snapshot['epoch']} epochs, {snapshot['step']} batches"
+            f" done; {'nothing is left to train' if finished else 'resuming'}",
+            flush=True,
+        )
+    if finished:
+        return
+
+    torch.manual_seed(args.seed)  # DDP 3: the same weights on every rank
     dataset = MyDataset(args.dataset_length, args.input_size, args.seed)
-    model = DistributedDataParallel(MyModel(args.input_size).to(device))
-    torch.manual_seed(args.seed + rank)  # from here on: dropout differs between ranks
+    model = MyModel(args.input_size).to(device)
     optimizer = make_optimizer(model, args.learning_rate)
-    sampler = DistributedSampler(dataset, seed=args.seed)  # DDP 4: each rank its part
+    if handed[0]:
+        model.load_state_dict(snapshot["model"])
+        optimizer.load_state_dict(snapshot["optimizer"])
+    model = DistributedDataParallel(model)
+    trained = snapshot["epoch"], snapshot["trained"]
+    sampler = ResumingSampler(dataset, args.seed, *trained)  # DDP 4: each rank its part
     loader = make_loader(dataset, sampler, args.batch_size, args.num_workers, device)
-    seconds, _, _ = train_loop(model, loader, optimizer, device, args)
+    save = None
+    if rank == 0 and args.snapshot_path:  # DDP 8
+        save = make_save(args, model, optimizer, sampler)
+    seconds, _, _ = train_loop(
+        model, loader, optimizer, device, args, snapshot["epoch"], save
+    )
     if rank == 0:
         print(f"DDP training time: {seconds:.2f} seconds", flush=True)
 
@@ -336,10 +525,20 @@ def train(args, device):
 def main():  # DDP 1: torchrun runs this in every process it starts
     args = parse_args()
     end_with_parent()
+    snapshot = None
+    if args.snapshot_path and os.environ["RANK"] == "0":
+        snapshot = load_snapshot(args)
     device = own_device(int(os.environ["LOCAL_RANK"]))
-    # DDP 2: join the others; torchrun's environment variables say who and where.
-    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
-    train(args, device)
+    join_group(args)
+    try:
+        train(args, device, snapshot)
+    except RuntimeError as error:
+        if not re.search("timed out|timeout|connection", str(error), re.IGNORECASE):
+            raise
+        raise RuntimeError(
+            f"rank {dist.get_rank()} lost another rank: it died, or the network did, or"
+            f" it was stuck for over {args.timeout:g} seconds (--timeout)"
+        ) from error
     leave_group()  # DDP 9
 
 

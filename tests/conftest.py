@@ -28,6 +28,13 @@ def pytest_addoption(parser):
         metavar="N",
         help="run each script N times in a row and count the clean exits",
     )
+    parser.addoption(
+        "--random-kills",
+        type=int,
+        default=8,
+        metavar="N",
+        help="kill torchrun_ddp.py N times at random moments (default: 8)",
+    )
 
 
 class Run:

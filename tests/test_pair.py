@@ -18,6 +18,7 @@ SHARED = [
     "choose_backend",
     "own_device",
     "leave_group",
+    "is_orphan",
     "end_with_parent",
     "fail",
     "number",

@@ -1,0 +1,174 @@
+"""Two hosts, each a network namespace with an address of its own, joined by a cable."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from conftest import TORCHRUN, Run
+from test_resume import assert_same_end, load, wait_for_step
+
+FLAGS = "--dataset_length 3000 --batch_size 16 --epochs 30 --save_every 7 --timeout 5"
+ADDRESSES = ("10.99.0.1", "10.99.0.2")
+
+
+def ip(*words):
+    return subprocess.run(("ip", *words), check=False, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two hosts, each with a folder of its own, that share nothing but a network."""
+    names = [f"ddp{os.getpid()}{letter}" for letter in "ab"]
+    made = [ip("netns", "add", name) for name in names] if shutil.which("ip") else []
+    if not made or any(result.returncode for result in made):
+        pytest.skip("cannot make network namespaces: needs root and iproute2")
+    try:
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "cable",
+            "netns",
+            names[1],
+        )
+        for name, address in zip(names, ADDRESSES):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.fixture
+def launch(hosts, folder):
+    """Start torchrun on host 0 or 1; all processes end with the test."""
+    runs = []
+
+    def launch(number, how, snapshot="snapshot.pt", more=()):
+        place = folder / f"host {number}"
+        place.mkdir(exist_ok=True)
+        shutil.copy(str(folder / "torchrun_ddp.py"), str(place))
+        static = [
+            "--node_rank",
+            str(number),
+            "--master_addr",
+            ADDRESSES[0],
+            "--master_port",
+            "29500",
+        ]
+        elastic = ["--rdzv_backend=c10d", f"--rdzv_endpoint={ADDRESSES[0]}:29500"]
+        # torchrun finds out by itself which host has the endpoint, and the address of
+        # each, where host names resolve; in these namespaces they do not.
+        conf = f"--rdzv_conf=is_host={1 - number},read_timeout=15"
+        elastic += ["--rdzv_id=1", f"--local_addr={ADDRESSES[number]}", conf]
+        command = ["ip", "netns", "exec", hosts[number]] + TORCHRUN
+        command += ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=3"]
+        command += {"static": static, "elastic": elastic}[how] + list(more)
+        command += ["torchrun_ddp.py", *FLAGS.split(), "--snapshot_path", snapshot]
+        # Which interface Gloo uses is for each host to say, if it is not the one that
+        # the host's name belongs to.
+        runs.append(Run(command, place, {"GLOO_SOCKET_IFNAME": "cable"}))
+        return runs[-1]
+
+    yield launch
+    for run in runs:
+        run.kill_all()
+
+
+@pytest.fixture
+def reference(finish, folder):
+    finish(
+        TORCHRUN
+        + [
+            "--standalone",
+            "--nproc_per_node=2",
+            "torchrun_ddp.py",
+            *FLAGS.split(),
+            "--snapshot_path",
+            "reference.pt",
+        ]
+    )
+    return load(folder / "reference.pt")
+
+
+@pytest.fixture(params=["static", "elastic"])
+def pair(request, launch, folder, reference):  # the reference first
+    """Two hosts in mid-training, and how to start one again."""
+    pair = [launch(number, request.param) for number in (0, 1)]
+    wait_for_step(pair[0], folder / "host 0" / "snapshot.pt")
+
+    def again(number):
+        pair[number] = launch(number, request.param)
+
+    return request.param, pair, again
+
+
+def assert_finished(pair, folder, reference):
+    for run in pair:
+        assert run.wait(100) == 0, run.stderr
+        assert run.all_gone()
+    assert_same_end(folder / "host 0" / "snapshot.pt", reference)
+    assert not (folder / "host 1" / "snapshot.pt").exists()
+
+
+def rank(run):
+    """Return the training process of a host."""
+    return next(p for p in run.processes() if p.cmdline()[2:3] == ["torchrun_ddp.py"])
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_is_killed(pair, folder, reference):
+    _, pair, _ = pair
+    rank(pair[1]).kill()
+    assert_finished(pair, folder, reference)
+    assert "batches done; resuming" in pair[0].stdout
+
+
+@pytest.mark.timeout(300)
+def test_the_cable_is_cut_for_longer_than_the_timeout(hosts, pair, folder, reference):
+    _, pair, _ = pair
+    ip("-n", hosts[0], "link", "set", "cable", "down")
+    time.sleep(8)
+    ip("-n", hosts[0], "link", "set", "cable", "up")
+    assert_finished(pair, folder, reference)
+    assert "batches done; resuming" in pair[0].stdout
+    assert "lost another rank: it died, or the network did" in pair[0].stderr
+
+
+@pytest.mark.timeout(300)
+def test_the_second_hosts_torchrun_is_killed_and_started_again(pair, folder, reference):
+    how, pair, again = pair
+    pair[1].process.kill()
+    assert pair[1].all_gone()  # and the rank notices that it is an orphan
+    again(1)
+    if how == "elastic":
+        # torchrun has counted the lost agent in, waits for it, and gives up.
+        codes = [run.wait(60) for run in pair]
+        assert 0 not in codes and all(run.all_gone() for run in pair)
+        assert all("Error" in run.stderr for run in pair)
+        again(0)
+        again(1)
+    assert_finished(pair, folder, reference)
+    assert "batches done; resuming" in pair[0].stdout
+
+
+@pytest.mark.timeout(300)
+def test_the_first_hosts_torchrun_is_killed(pair, folder, reference):
+    """It held the store, so torchrun gives up on the other host too."""
+    _, pair, again = pair
+    pair[0].process.kill()
+    assert pair[1].wait(90) != 0
+    assert "Error" in pair[1].stderr
+    assert all(run.all_gone() for run in pair)
+    again(0)
+    again(1)
+    assert_finished(pair, folder, reference)
