@@ -407,7 +407,8 @@ def is_per_sample(model, loader, device):
     with torch.no_grad():
         whole = model(inputs)
         parts = torch.cat([model(inputs[:middle]), model(inputs[middle:])])
-    return torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+    scale = whole.abs().max().item()
+    return torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 
 def train(rank, world_size, ddp, args, device):
@@ -540,6 +541,8 @@ def verdict(comparison, normal, ddp, args):
         f"DDP in {n} process{'es' if n > 1 else ''} is {how}: {speedup:.2f} times the"
         f" speed of normal training, where {n} would be ideal."
     )
+    if n == 1:
+        text = text.split(",")[0] + ", and has nobody to share the work with."
     if not comparison["same_model"]:
         text += " The models differ, as they have to with BatchNorm or dropout."
     gpus = torch.cuda.device_count()

@@ -319,16 +319,19 @@ def join_group(args):
 
     torchrun's store outlives a restart, and with it the addresses of ranks that are
     gone, which new ranks would call (https://github.com/pytorch/pytorch/issues/167288).
-    So rank 0 gives each attempt a part of the store with a name of its own. It tells
-    the name to whoever says hello, again and again until all have arrived: what it
-    finds there first can be the hello of a rank that is gone.
+    So rank 0 makes up a name for a part of the store that only this attempt uses. A rank
+    says hello with a word of its own, and waits for a welcome to that word, which is the
+    name. Rank 0 may find an old hello first, so it answers until all have arrived.
+
+    Raises RuntimeError if they do not within `--timeout`.
     """
     timeout = timedelta(seconds=args.timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     name, deadline = uuid.uuid4().hex, time.monotonic() + args.timeout
     if rank > 0:
-        store.set(f"hello {rank}", name)
-        name = store.get(f"welcome {name}").decode()  # waits for it
+        word = name
+        store.set(f"hello {rank}", word)
+        name = store.get(f"welcome {word}").decode()  # get() waits until it is there
         store.add(f"arrived {name}", 1)
     while rank == 0 and store.add(f"arrived {name}", 0) < world_size - 1:
         for other in range(1, world_size):
@@ -349,11 +352,13 @@ def join_group(args):
 class ResumingSampler(DistributedSampler):
     """A DistributedSampler that leaves out what an interrupted epoch has trained."""
 
-    def __init__(self, dataset, seed, epoch=0, trained=0):
+    def __init__(self, dataset, seed, epoch, trained):
         super().__init__(dataset, seed=seed)
+        # `trained` counts the samples of all ranks; a part of a round is drawn again.
         self.interrupted_epoch, self.trained = epoch, trained // self.num_replicas
 
     def skipped(self):
+        """Return how many of this rank's samples the current epoch leaves out."""
         return self.trained if self.epoch == self.interrupted_epoch else 0
 
     def __iter__(self):
@@ -369,11 +374,12 @@ def load_snapshot(args):
     Exits with code 2 if it does not fit this run, or none can be saved in its place.
     """
     path = args.snapshot_path
+    temporary = temporary_path(path)
     try:
-        with open(path + ".tmp", "wb"):
-            os.remove(path + ".tmp")
+        open(temporary, "wb").close()
+        os.remove(temporary)
     except OSError as error:
-        fail(f"argument --snapshot_path: cannot write {path}.tmp: {error.strerror}")
+        fail(f"argument --snapshot_path: cannot write {temporary}: {error.strerror}")
     if not os.path.lexists(path):
         return None
     try:
@@ -387,55 +393,64 @@ def load_snapshot(args):
                 raise ValueError(f"it was made with --{name} {settings[name]}")
         MyModel(args.input_size).load_state_dict(snapshot["model"])
     except Exception as error:  # noqa: BLE001, a broken file can raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        sentence = str(error).split("\n")[0].split(". ")[0]
+        reason = f"{type(error).__name__}: {sentence}"
         fail(f"argument --snapshot_path: cannot resume from {path}: {reason}")
     return snapshot
 
 
 def fixed_settings(args):
     """Return the flags that have to stay the same from start to end of a training."""
-    model = "input_size learning_rate seed amp"
-    data = "dataset_length batch_size grad_accum_steps"
-    return {name: getattr(args, name) for name in f"{model} {data}".split()}
+    names = ["input_size", "dataset_length", "batch_size", "grad_accum_steps"]
+    names += ["learning_rate", "seed", "amp"]
+    return {name: getattr(args, name) for name in names}
+
+
+def temporary_path(path):
+    """Return where a snapshot is written, in the folder it will be renamed in."""
+    return os.path.realpath(path) + ".tmp"
 
 
 def write_snapshot(path, data):
     """Write a file so that, whatever happens, the old or the new one is there."""
+    temporary = temporary_path(path)
     try:
-        with open(path + ".tmp", "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if not is_orphan():  # whose snapshot the next launch may be using already
-            os.replace(path + ".tmp", path)
+        if not is_orphan():  # if torchrun is gone, its next launch may use the file
+            os.replace(temporary, os.path.realpath(path))
     except OSError as error:
-        raise RuntimeError(f"cannot save {path}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot save {path}: {error.strerror}") from error
 
 
 def make_save(args, model, optimizer, sampler):
     """Return rank 0's `save(epoch, step)`: it saves if a snapshot is due there.
 
-    One is due after each epoch (step 0) and in one after every `save_every` batches. It
-    is written in the background, since all ranks would have to wait for a slow disk. If
-    the one before it is not done yet, it is left out, unless it is the last.
+    One is due after each epoch (step 0) and, inside epochs, after every `save_every`
+    batches. It is written in the background, or all ranks would have to wait for a slow
+    disk. If the one before is still being written it is left out, unless it is the last.
     """
     writer, writing = ThreadPoolExecutor(max_workers=1), None
 
     def save(epoch, step):
         nonlocal writing
+        # This is called once in `grad_accum_steps` batches: is it the first time since
+        # a multiple of `save_every`?
         in_epoch = args.save_every and step % args.save_every < args.grad_accum_steps
         last = epoch == args.epochs
         if not (step == 0 or in_epoch) or (writing and not writing.done() and not last):
             return
         if writing:
             writing.result()  # raises what went wrong with it
-        trained = sampler.skipped() + step * args.batch_size if step else 0
+        seen = sampler.skipped() + step * args.batch_size if step else 0
         snapshot = {
             "model": model.module.state_dict(),  # of the module: no "module." in keys
             "optimizer": optimizer.state_dict(),
             "epoch": epoch,
-            "step": step + sampler.skipped() // args.batch_size if step else 0,
-            "trained": trained * dist.get_world_size(),  # samples in this epoch, in all
+            "step": seen // args.batch_size,  # batches of a rank in this epoch
+            "trained": seen * dist.get_world_size(),  # its samples, of all ranks
             "settings": fixed_settings(args),
         }
         buffer = io.BytesIO()
@@ -529,14 +544,14 @@ def main():  # DDP 1: torchrun runs this in every process it starts
     if args.snapshot_path and os.environ["RANK"] == "0":
         snapshot = load_snapshot(args)
     device = own_device(int(os.environ["LOCAL_RANK"]))
-    join_group(args)
     try:
+        join_group(args)
         train(args, device, snapshot)
     except RuntimeError as error:
         if not re.search("timed out|timeout|connection", str(error), re.IGNORECASE):
             raise
         raise RuntimeError(
-            f"rank {dist.get_rank()} lost another rank: it died, or the network did, or"
+            f"rank {os.environ['RANK']} lost another rank: it died, or the network did, or"
             f" it was stuck for over {args.timeout:g} seconds (--timeout)"
         ) from error
     leave_group()  # DDP 9
