@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -124,6 +125,27 @@ class Run:
                     pass
             time.sleep(0.05)
         self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """Return the last snapshot of an uninterrupted run with some flags; run each once."""
+    known = {}
+
+    def reference(flags):
+        if flags not in known:
+            folder = tmp_path_factory.mktemp("reference")
+            shutil.copy(str(ROOT / "torchrun_ddp.py"), str(folder))
+            save = ["--snapshot_path", "snapshot.pt"]
+            run = Run([*STANDALONE, *flags.split(), *save], folder, None)
+            try:
+                assert run.wait() == 0, run.stderr
+            finally:
+                run.kill_all()
+            known[flags] = torch.load(str(folder / "snapshot.pt"), weights_only=True)
+        return known[flags]
+
+    return reference
 
 
 @pytest.fixture

@@ -131,6 +131,14 @@ def test_models_with_batchnorm_may_differ(compare, folder):
     assert "as they have to with BatchNorm or dropout" in " ".join(output.split())
 
 
+def test_a_model_that_becomes_nan_is_no_success(compare, folder):
+    forward = "return self.linear(inputs)"
+    edit(folder / "ddp.py", (forward, forward + " * float('nan')"))
+    _, figures = compare("--epochs 1", code=1)
+    assert figures["runs"][0]["same_model"] is False
+    assert figures["runs"][0]["ddp"]["loss"] is None  # JSON has no NaN
+
+
 @pytest.mark.parametrize("world_size", ["2", "3"])
 def test_the_same_model_for_random_combinations(finish, folder, world_size):
     shutil.copy(str(ROOT / "tests" / "property_driver.py"), str(folder))

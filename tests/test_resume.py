@@ -54,23 +54,6 @@ def assert_same_end(path, reference):
         assert same(load(path)[key], reference[key]), f"{key} differs"
 
 
-@pytest.fixture
-def reference(finish, folder):
-    """Return the last snapshot of an uninterrupted run with some flags."""
-    known = {}
-
-    def reference(flags):
-        if flags not in known:
-            path = folder / "reference.pt"
-            command = TORCHRUN + RESTARTS.split() + flags.split()
-            finish(command + ["--snapshot_path", str(path)])
-            known[flags] = load(path)
-            path.unlink()
-        return known[flags]
-
-    return reference
-
-
 def wait_for_step(run, path):
     """Wait until a run has saved a snapshot from inside an epoch."""
     end = time.monotonic() + 60
@@ -84,22 +67,19 @@ def test_random_kills(request, start, finish, folder, reference):
     """`pytest tests -k random_kills --random-kills 100` kills as often as one likes."""
     for number in range(request.config.getoption("--random-kills")):
         choose = random.Random(number)
-        more = choose.choice(
-            ["--save_every 7", "--save_every 5 --grad_accum_steps 4 --amp"]
-        )
+        save, more = choose.choice([(7, ""), (5, "--grad_accum_steps 4 --amp")])
         flags = f"{LONG} {more}"
         expected = reference(flags)
         victims = choose.choice(
             ["rank 0", "rank 1", "both ranks", "agent", "everything"]
         )
         path = folder / f"{number}.pt"
-        command = (
-            TORCHRUN + RESTARTS.split() + flags.split() + ["--snapshot_path", str(path)]
-        )
+        command = [*TORCHRUN, *RESTARTS.split(), *flags.split()]
+        command += ["--snapshot_path", str(path), "--save_every", str(save)]
         run = start(command)
         moment = choose.uniform(0, 8)
         time.sleep(moment)
-        what = f"kill {number}: {victims} after {moment:.2f} seconds, {more}"
+        what = f"kill {number}: {victims} after {moment:.2f} seconds, {flags}"
         ranks = run.ranks()
         chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:], "both ranks": ranks}
         chosen["agent"] = [psutil.Process(run.process.pid)]
@@ -156,7 +136,7 @@ def test_sigterm_to_torchrun(start, finish, folder, reference):
     assert run.wait(30) != 0
     assert run.all_gone()
     finish(command)
-    assert_same_end(path, reference(flags))
+    assert_same_end(path, reference(LONG))
     done = finish(command)
     assert "30 epochs, 0 batches done; nothing is left to train" in done.stdout
     assert "epoch 30/30" not in done.stdout

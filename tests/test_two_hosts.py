@@ -7,9 +7,9 @@ import time
 
 import pytest
 from conftest import TORCHRUN, Run
-from test_resume import assert_same_end, load, wait_for_step
+from test_resume import LONG, assert_same_end, wait_for_step
 
-FLAGS = "--dataset_length 3000 --batch_size 16 --epochs 30 --save_every 7 --timeout 5"
+FLAGS = f"{LONG} --save_every 7 --timeout 5"
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 
 
@@ -84,25 +84,10 @@ def launch(hosts, folder):
         run.kill_all()
 
 
-@pytest.fixture
-def reference(finish, folder):
-    finish(
-        TORCHRUN
-        + [
-            "--standalone",
-            "--nproc_per_node=2",
-            "torchrun_ddp.py",
-            *FLAGS.split(),
-            "--snapshot_path",
-            "reference.pt",
-        ]
-    )
-    return load(folder / "reference.pt")
-
-
 @pytest.fixture(params=["static", "elastic"])
-def pair(request, launch, folder, reference):  # the reference first
+def pair(request, launch, folder, reference):
     """Two hosts in mid-training, and how to start one again."""
+    reference(LONG)  # first, or they would be done when it is
     pair = [launch(number, request.param) for number in (0, 1)]
     wait_for_step(pair[0], folder / "host 0" / "snapshot.pt")
 
@@ -116,7 +101,7 @@ def assert_finished(pair, folder, reference):
     for run in pair:
         assert run.wait(100) == 0, run.stderr
         assert run.all_gone()
-    assert_same_end(folder / "host 0" / "snapshot.pt", reference)
+    assert_same_end(folder / "host 0" / "snapshot.pt", reference(LONG))
     assert not (folder / "host 1" / "snapshot.pt").exists()
 
 
