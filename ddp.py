@@ -365,7 +365,7 @@ class TimedLoader:
 def measure_step(model, dataset, optimizer, device, args, seconds):
     """Return for how many ms a DDP step waits for data, computes and synchronises.
 
-    Trains on for about two seconds, in turns with synchronisation and without, in
+    Trains on for a few seconds, in turns with synchronisation and without, in
     no_sync(): the difference is what synchronisation costs. `seconds` is how long a
     step took in training. Returns None if even two of them would take too long.
     """
@@ -457,7 +457,7 @@ def worker(rank, world_size, ddp, args, address, result_file):
     device = own_device(rank)
     if ddp:
         timeout = timedelta(seconds=args.timeout)
-        # The store serves one run after the other: each has a prefix of its own.
+        # The store serves one run after the other, each of another world size.
         store = dist.TCPStore(*address, timeout=timeout)
         store = dist.PrefixStore(f"world size {world_size}", store)
         # DDP 2: join the others: which rank this is, of how many, and where they meet.
