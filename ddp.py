@@ -48,7 +48,13 @@ import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 # PyTorch 2.0 warns of itself when it loads a file.
 warnings.filterwarnings("ignore", "TypedStorage is deprecated")
@@ -134,6 +140,8 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # without DDP: nothing
     joined = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    amp = torch.autocast(device.type, torch.bfloat16)
+    precision = amp if args.amp else contextlib.nullcontext()
     loss_function = nn.CrossEntropyLoss()
     model.train()
     start = clock(device)
@@ -159,7 +167,7 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
             # DDP 6: backward() averages the gradients over the ranks while it computes
             # them, except in no_sync(), which must have been there in the forward pass.
             with contextlib.nullcontext() if group_ends else no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                with precision:
                     outputs = model(inputs)
                 loss = loss_function(outputs.float(), labels)
                 (loss * (len(labels) / in_group)).backward()
@@ -170,7 +178,7 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
                     save(epoch, step)
 
             seen += len(labels)
-            loss_sum += loss.detach() * len(labels)
+            loss_sum.add_(loss.detach(), alpha=len(labels))
             correct += (outputs.argmax(dim=1) == labels).sum()
             if rank == 0 and time.perf_counter() - last_print > 5:
                 last_print = time.perf_counter()
@@ -397,12 +405,13 @@ def measure_step(model, dataset, optimizer, device, args, seconds):
     return {"data": data, "compute": max(0, local - data), "sync": sync}
 
 
-def is_per_sample(model, loader, device):
+def is_per_sample(model, dataset, batch_size, device):
     """Return whether the output for a sample depends on that sample alone.
 
     With BatchNorm or dropout it does not, and the ranks cannot train what one process
     does: each normalises its own batch and draws its own random numbers.
     """
+    loader = make_loader(dataset, SequentialSampler(dataset), batch_size, 0, device)
     inputs = next(iter(loader))[0].to(device)
     middle = len(inputs) // 2
     if middle < 2:  # too few to tell: BatchNorm does not take one sample
@@ -447,7 +456,7 @@ def train(rank, world_size, ddp, args, device):
             trained, dataset, optimizer, device, args, seconds / steps
         )
     else:
-        result["is_per_sample"] = is_per_sample(model, loader, device)
+        result["is_per_sample"] = is_per_sample(model, dataset, batch_size, device)
     return result
 
 

@@ -123,6 +123,8 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # without DDP: nothing
     joined = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    amp = torch.autocast(device.type, torch.bfloat16)
+    precision = amp if args.amp else contextlib.nullcontext()
     loss_function = nn.CrossEntropyLoss()
     model.train()
     start = clock(device)
@@ -148,7 +150,7 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
             # DDP 6: backward() averages the gradients over the ranks while it computes
             # them, except in no_sync(), which must have been there in the forward pass.
             with contextlib.nullcontext() if group_ends else no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                with precision:
                     outputs = model(inputs)
                 loss = loss_function(outputs.float(), labels)
                 (loss * (len(labels) / in_group)).backward()
@@ -159,7 +161,7 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
                     save(epoch, step)
 
             seen += len(labels)
-            loss_sum += loss.detach() * len(labels)
+            loss_sum.add_(loss.detach(), alpha=len(labels))
             correct += (outputs.argmax(dim=1) == labels).sum()
             if rank == 0 and time.perf_counter() - last_print > 5:
                 last_print = time.perf_counter()

@@ -278,6 +278,12 @@ def median_speed(result):
     return {k: samples / statistics.median(v) for k, v in result["seconds"].items()}
 
 
+def ratio(result, other):
+    """Return our speed over another's; of a turn each, as machines change their mind."""
+    pairs = zip(result["seconds"][other], result["seconds"]["ours"])
+    return statistics.median(theirs / ours for theirs, ours in pairs)
+
+
 def print_speed(results):
     names = ["ours", "stripped", "limit", *PEERS]
     print("Samples per second of all processes, medians; +- half of the middle half")
@@ -293,16 +299,15 @@ def print_speed(results):
             around = (last - first) / 2 / middle
             print(f"{median_speed(result)[name]:11,.0f} {around:3.0%}", end="")
         print()
-    print("\nRatios: ours to the best peer, to the limit, to itself stripped")
+    print("\nRatios of the samples per second, medians over the epochs of each turn")
     for result in results:
-        speed = median_speed(result)
+        best = max(PEERS, key=median_speed(result).get)
         length, size, batch = result["setting"]
-        best = max(PEERS, key=speed.get)
         print(
             f"{result['world_size']:5}  {f'{length:,} x {size:,}, {batch:,}':>24}"
-            f"{speed['ours'] / speed[best]:7.2f} ({best})"
-            f"{speed['ours'] / speed['limit']:7.2f}"
-            f"{speed['ours'] / speed['stripped']:7.2f}"
+            f"  ours / {best} (the best peer) {ratio(result, best):.2f}"
+            f"  / limit {ratio(result, 'limit'):.2f}"
+            f"  / stripped {ratio(result, 'stripped'):.2f}"
         )
 
 
@@ -345,8 +350,11 @@ def main():
     ]
     print_speed(figures["speed"])
 
-    one, two = (median_speed(result)["ours"] for result in figures["speed"][-2:])
-    print(f"\nTwo processes to one, {SETTINGS[-1]}: {two / one:.2f}")
+    one, two = (median_speed(result) for result in figures["speed"][-2:])
+    print(
+        f"\nSamples per second of two processes over one's, {SETTINGS[-1]}:"
+        f" ours {two['ours'] / one['ours']:.2f}, limit {two['limit'] / one['limit']:.2f}"
+    )
 
     seconds = measure(SETTINGS[-1], 2, ["ours", "saving"], args.repeats)
     figures["saving"] = seconds
