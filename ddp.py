@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["torch>=2.0", "numpy", "python-dotenv"]
+# ///
 """Compare normal training with DistributedDataParallel (DDP) training.
 
 Is DDP right, is it faster, and if not, why not? This script starts its own processes:
@@ -298,27 +302,31 @@ def make_parser(description, example):
         epilog=f"example: {example}",
     )
     parser.error = fail
-    parser.add_argument(
+
+    def add(group, flag, kind, low, high, default, help, unit="N"):
+        help += " (default: %(default)s)"
+        kind = number(kind, low, high)
+        group.add_argument(flag, type=kind, default=default, metavar=unit, help=help)
+
+    training = parser.add_argument_group("training")
+    add(training, "--epochs", int, 1, 10**6, 5, "passes over the dataset")
+    add(training, "--batch_size", int, 1, 10**6, 64, "samples per process and step")
+    add(training, "--grad_accum_steps", int, 1, 10**6, 1, "batches per optimizer step")
+    add(training, "--learning_rate", float, 1e-9, 100, 0.01, "of Adam", "X")
+    training.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    data = parser.add_argument_group("data")
+    add(data, "--dataset_length", int, 1, 10**9, 1000, "samples in the dataset")
+    add(data, "--input_size", int, 1, 10**6, 100, "features per sample")
+    add(data, "--seed", int, 0, 2**31, 0, "of weights, data and shuffling")
+    add(data, "--num_workers", int, 0, 64, 0, "DataLoader workers per process")
+    processes = parser.add_argument_group("processes")
+    processes.add_argument(
         "--backend",
         choices=["nccl", "gloo"],
         help="default: nccl if each process can own a GPU, else gloo",
     )
-
-    def add(flag, kind, low, high, default, help, unit="N"):
-        help += " (default: %(default)s)"
-        kind = number(kind, low, high)
-        parser.add_argument(flag, type=kind, default=default, metavar=unit, help=help)
-
-    add("--epochs", int, 1, 10**6, 5, "passes over the dataset")
-    add("--batch_size", int, 1, 10**6, 64, "samples per process and step")
-    add("--input_size", int, 1, 10**6, 100, "features per sample")
-    add("--dataset_length", int, 1, 10**9, 1000, "samples in the dataset")
-    add("--learning_rate", float, 1e-9, 100, 0.01, "of Adam", "X")
-    add("--seed", int, 0, 2**31, 0, "of the weights, the data and the shuffling")
-    add("--num_workers", int, 0, 64, 0, "DataLoader workers per process")
-    add("--grad_accum_steps", int, 1, 10**6, 1, "batches per step of the optimizer")
-    add("--timeout", float, 1, 10**6, 600, "longest wait for a lost rank", "SECONDS")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    help = "longest wait for a lost or stuck rank"
+    add(processes, "--timeout", float, 1, 10**6, 600, help, "SECONDS")
     return parser
 
 
@@ -625,7 +633,8 @@ def parse_args():
         "Compare normal training with DistributedDataParallel (DDP) training.",
         "python ddp.py --world_size 2 --batch_size 128",
     )
-    parser.add_argument(
+    comparison = parser.add_argument_group("comparison")
+    comparison.add_argument(
         "--world_size",
         type=number(int, 1, max(16, os.cpu_count())),
         nargs="+",
@@ -634,7 +643,7 @@ def parse_args():
         help="processes of DDP training; several values are compared in one table"
         " (default: one for each GPU, or 2 without GPUs)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    comparison.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     args = parse(parser)
     if "LOCAL_RANK" in os.environ:
         fail("it starts its own processes, so run it as: python ddp.py")

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["torch>=2.0", "numpy"]
+# ///
 """Train a model with DistributedDataParallel (DDP), launched by torchrun.
 
 torchrun starts this file as many times as you ask it to, one process for each GPU or,
@@ -281,27 +285,31 @@ def make_parser(description, example):
         epilog=f"example: {example}",
     )
     parser.error = fail
-    parser.add_argument(
+
+    def add(group, flag, kind, low, high, default, help, unit="N"):
+        help += " (default: %(default)s)"
+        kind = number(kind, low, high)
+        group.add_argument(flag, type=kind, default=default, metavar=unit, help=help)
+
+    training = parser.add_argument_group("training")
+    add(training, "--epochs", int, 1, 10**6, 5, "passes over the dataset")
+    add(training, "--batch_size", int, 1, 10**6, 64, "samples per process and step")
+    add(training, "--grad_accum_steps", int, 1, 10**6, 1, "batches per optimizer step")
+    add(training, "--learning_rate", float, 1e-9, 100, 0.01, "of Adam", "X")
+    training.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    data = parser.add_argument_group("data")
+    add(data, "--dataset_length", int, 1, 10**9, 1000, "samples in the dataset")
+    add(data, "--input_size", int, 1, 10**6, 100, "features per sample")
+    add(data, "--seed", int, 0, 2**31, 0, "of weights, data and shuffling")
+    add(data, "--num_workers", int, 0, 64, 0, "DataLoader workers per process")
+    processes = parser.add_argument_group("processes")
+    processes.add_argument(
         "--backend",
         choices=["nccl", "gloo"],
         help="default: nccl if each process can own a GPU, else gloo",
     )
-
-    def add(flag, kind, low, high, default, help, unit="N"):
-        help += " (default: %(default)s)"
-        kind = number(kind, low, high)
-        parser.add_argument(flag, type=kind, default=default, metavar=unit, help=help)
-
-    add("--epochs", int, 1, 10**6, 5, "passes over the dataset")
-    add("--batch_size", int, 1, 10**6, 64, "samples per process and step")
-    add("--input_size", int, 1, 10**6, 100, "features per sample")
-    add("--dataset_length", int, 1, 10**9, 1000, "samples in the dataset")
-    add("--learning_rate", float, 1e-9, 100, 0.01, "of Adam", "X")
-    add("--seed", int, 0, 2**31, 0, "of the weights, the data and the shuffling")
-    add("--num_workers", int, 0, 64, 0, "DataLoader workers per process")
-    add("--grad_accum_steps", int, 1, 10**6, 1, "batches per step of the optimizer")
-    add("--timeout", float, 1, 10**6, 600, "longest wait for a lost rank", "SECONDS")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    help = "longest wait for a lost or stuck rank"
+    add(processes, "--timeout", float, 1, 10**6, 600, help, "SECONDS")
     return parser
 
 
@@ -472,12 +480,13 @@ def parse_args():
         "Train with DistributedDataParallel (DDP). To be launched by torchrun.",
         "torchrun --standalone --nproc_per_node=2 torchrun_ddp.py --epochs 10",
     )
-    parser.add_argument(
+    snapshots = parser.add_argument_group("snapshots")
+    snapshots.add_argument(
         "--snapshot_path",
         metavar="FILE",
         help="resume from FILE if it exists, and save to it after every epoch",
     )
-    parser.add_argument(
+    snapshots.add_argument(
         "--save_every",
         type=number(int, 0, 10**9),
         default=0,

@@ -100,10 +100,16 @@ def strip(train_loop):
     return names["train_loop"]
 
 
-def ours(dataset, args, loop=torchrun_ddp.train_loop, snapshot_path=None):
+def ours(
+    dataset,
+    args,
+    loop=torchrun_ddp.train_loop,
+    make_optimizer=torchrun_ddp.make_optimizer,
+    snapshot_path=None,
+):
     device = torch.device("cpu")
     model = torchrun_ddp.MyModel(args.input_size)
-    optimizer = torchrun_ddp.make_optimizer(model, 0.01)
+    optimizer = make_optimizer(model, 0.01)
     model = DistributedDataParallel(model)
     sampler = torchrun_ddp.ResumingSampler(dataset, 0, 0, 0)
     loader = torchrun_ddp.make_loader(dataset, sampler, args.batch_size, 0, device)
@@ -127,6 +133,45 @@ def stripped(dataset, args):
 
 def saving(dataset, args):
     return ours(dataset, args, snapshot_path=args.folder + "/snapshot.pt")
+
+
+# Ours without one of the choices that make it fast, each.
+
+
+class FromList(torchrun_ddp.MyDataset):
+    """MyDataset that leaves the list of indices to torch.tensor()."""
+
+    def __init__(self, dataset):
+        self.inputs, self.labels = dataset.inputs, dataset.labels
+
+    def __getitems__(self, indices):
+        rows = torch.tensor(indices)
+        return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
+
+
+def without_getitems(dataset, args):
+    return ours(Samples(dataset), args)
+
+
+def without_array(dataset, args):
+    return ours(FromList(dataset), args)
+
+
+def without_fused(dataset, args):
+    def adam(model, learning_rate):
+        return torch.optim.Adam(model.parameters(), lr=learning_rate)
+
+    return ours(dataset, args, make_optimizer=adam)
+
+
+def with_item(dataset, args):
+    source = inspect.getsource(torchrun_ddp.train_loop)
+    line = "            loss_sum.add_(loss.detach(), alpha=len(labels))\n"
+    assert source.count(line) == 1
+    source = source.replace(line, "            loss_sum += loss.item() * len(labels)\n")
+    names = dict(vars(torchrun_ddp))
+    exec(compile(source, "with item", "exec"), names)  # noqa: S102
+    return ours(dataset, args, names["train_loop"])
 
 
 def limit(dataset, args):
@@ -356,9 +401,19 @@ def main():
         f" ours {two['ours'] / one['ours']:.2f}, limit {two['limit'] / one['limit']:.2f}"
     )
 
+    figures["choices"] = {}
+    choices = ["without_getitems", "without_array", "without_fused", "with_item"]
+    print("\nWhat a choice buys: our speed over ours without it, world size 2")
+    for setting in SETTINGS[:2]:
+        seconds = measure(setting, 2, ["ours", *choices], args.repeats)
+        figures["choices"][str(setting)] = seconds
+        for name in choices:
+            print(f"  {setting}  {name:16} {ratio({'seconds': seconds}, name):.2f}")
+
     seconds = measure(SETTINGS[-1], 2, ["ours", "saving"], args.repeats)
     figures["saving"] = seconds
-    cost = statistics.median(seconds["saving"]) - statistics.median(seconds["ours"])
+    pairs = zip(seconds["saving"], seconds["ours"])
+    cost = statistics.median(saving - without for saving, without in pairs)
     print(f"A snapshot after each epoch, of 2,050 parameters: {cost * 1000:.1f} ms")
 
     figures["growth"] = {}

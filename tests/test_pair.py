@@ -1,10 +1,11 @@
 """The two scripts as texts: an equal pair, in step with each other and the README."""
 
 import ast
+import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN
 
 SCRIPTS = ("torchrun_ddp.py", "ddp.py")
 SHARED = [
@@ -76,3 +77,16 @@ def test_python_3_7_syntax_public_pytorch_and_flags_in_the_readme(name):
             assert not private or node.attr == "_exit", node.attr
     for flag in re.findall(r'"(--[a-z_]+)"', source(name)):
         assert f"`{flag}" in source("README.md"), f"{flag} is not in the README"
+
+
+def test_the_benchmark_still_fits_the_loop_it_takes_apart(finish, folder):
+    contenders = ["ours", "stripped", "limit", "tutorial", "with_item", "saving"]
+    job = {"dataset_length": 256, "input_size": 10, "batch_size": 16, "repeats": 2}
+    job.update(contenders=contenders, folder=str(folder))
+    script = str(ROOT / "tests" / "benchmark.py")
+    launch = ["--standalone", "--nproc_per_node=2", script, "--race", json.dumps(job)]
+    finish(TORCHRUN + launch)
+    seconds = json.loads((folder / "seconds.json").read_text())
+    assert {name: len(seconds[name]) for name in seconds} == dict.fromkeys(
+        contenders, 2
+    )

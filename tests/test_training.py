@@ -122,8 +122,8 @@ def test_progress_inside_a_long_epoch(finish, folder):
     edit(
         folder / "torchrun_ddp.py",
         (
-            "        indices = torch.tensor(indices)",
-            "        time.sleep(1)\n        indices = torch.tensor(indices)",
+            '        rows = torch.frombuffer(array("q", indices), dtype=torch.int64)',
+            "        time.sleep(1)\n        rows = torch.tensor(indices)",
         ),
     )
     run = finish(STANDALONE + ["--epochs", "1"])
