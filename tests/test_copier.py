@@ -46,3 +46,14 @@ def test_another_model_and_dataset(finish, folder, command, workers):
     assert run.stderr == "" or "master_addr is" in run.stderr
     losses = [float(loss) for loss, _ in epoch_lines(run.stdout)]
     assert losses[4] < losses[0] / 2 and losses[-1] < losses[-5] / 2, run.stdout
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_under_every_start_method(finish, folder, method):
+    """Fork, PyTorch's default on Linux up to Python 3.13, is what the others test."""
+    start = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
+    (folder / "sitecustomize.py").write_text(start)
+    command = STANDALONE + ["--epochs", "2"]
+    alone = finish(command)
+    run = finish(command + ["--num_workers", "2"], env={"PYTHONPATH": str(folder)})
+    assert epoch_lines(run.stdout) == epoch_lines(alone.stdout) != []
