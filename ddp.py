@@ -707,7 +707,10 @@ def open_store():
     try:
         # Our own socket: TCPStore's listens on every interface, whatever the address.
         fd = server.fileno()
-        store = dist.TCPStore(host, free_port, master_listen_fd=fd, **options)
+        # (Not with libuv, which in some versions of PyTorch cannot do that.)
+        store = dist.TCPStore(
+            host, free_port, master_listen_fd=fd, use_libuv=False, **options
+        )
         server.detach()  # it is the store's now
     except TypeError:  # PyTorch 2.0
         server.close()
