@@ -712,7 +712,7 @@ def open_store():
             host, free_port, master_listen_fd=fd, use_libuv=False, **options
         )
         server.detach()  # it is the store's now
-    except TypeError:  # PyTorch 2.0
+    except TypeError:  # older versions, PyTorch 2.0 for one
         server.close()
         store = dist.TCPStore(host, int(port or 0), **options)
     return store
