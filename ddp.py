@@ -144,8 +144,9 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # without DDP: nothing
     joined = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    amp = torch.autocast(device.type, torch.bfloat16)
-    precision = amp if args.amp else contextlib.nullcontext()
+    precision = contextlib.nullcontext()
+    if args.amp:
+        precision = torch.autocast(device.type, torch.bfloat16)
     loss_function = nn.CrossEntropyLoss()
     model.train()
     start = clock(device)
@@ -221,7 +222,7 @@ def choose_backend(backend, local_world_size):
     if backend is None:
         return "nccl" if local_world_size <= gpus else "gloo"
     if backend == "nccl" and gpus == 0:
-        raise ValueError("nccl needs a CUDA GPU, and there is none; use --backend gloo")
+        raise ValueError("nccl needs a CUDA GPU and Linux; use --backend gloo")
     # With this variable set, NCCL 2.30 and later lets ranks share a GPU.
     can_share = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
     if backend == "nccl" and gpus < local_world_size and not can_share:
