@@ -20,7 +20,7 @@ that makes this distributed training; torchrun_ddp.py has the same numbers.
 
 import os
 
-PARENT = os.getppid()  # before the slow imports, or is_orphan() has a blind spot
+PARENT = os.getppid()  # before the slow imports: it could die meanwhile, unnoticed
 
 import argparse
 import contextlib
@@ -164,18 +164,20 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
         for step, (inputs, labels) in enumerate(loader, start=1):
             inputs = inputs.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            # A group of batches makes an optimizer step, and an epoch's last group
-            # can be smaller. Each sample weighs the same, as in one large batch.
+            # A group of batches makes an optimizer step; the epoch's last group is as
+            # large as what is left. Each sample weighs the same, as in one large batch.
             in_group = min(group_size, samples - seen // group_size * group_size)
+            share = len(labels) / in_group
             group_ends = step % args.grad_accum_steps == 0 or step == steps
 
             # DDP 6: backward() averages the gradients over the ranks while it computes
-            # them, except in no_sync(), which must have been there in the forward pass.
+            # them; in no_sync(), which must enclose the forward pass too, it does not.
             with contextlib.nullcontext() if group_ends else no_sync():
                 with precision:
                     outputs = model(inputs)
                 loss = loss_function(outputs.float(), labels)
-                (loss * (len(labels) / in_group)).backward()
+                # Without accumulation it is 1, and to multiply would cost 4% of a step.
+                (loss * share if share < 1 else loss).backward()
             if group_ends:
                 optimizer.step()  # all ranks have equal gradients: models stay equal
                 optimizer.zero_grad()
@@ -277,7 +279,7 @@ def fail(message):
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     else:
-        time.sleep(6)  # torchrun ends all ranks after the first: let that one print
+        time.sleep(6)  # torchrun ends all when one ends: let local rank 0 print first
     sys.exit(2)
 
 
@@ -438,6 +440,7 @@ def train(rank, world_size, ddp, args, device):
     dataset = MyDataset(args.dataset_length, args.input_size, args.seed)
     model = MyModel(args.input_size).to(device)
     if ddp:
+        # DDP 3, 6: sends rank 0's weights to all, and makes backward() synchronise.
         trained, batch_size = DistributedDataParallel(model), args.batch_size
         sampler = DistributedSampler(dataset, seed=args.seed)  # DDP 4: each its part
     else:

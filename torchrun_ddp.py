@@ -21,7 +21,7 @@ that makes this distributed training; ddp.py has the same numbers.
 
 import os
 
-PARENT = os.getppid()  # before the slow imports, or is_orphan() has a blind spot
+PARENT = os.getppid()  # before the slow imports: it could die meanwhile, unnoticed
 
 import argparse
 import contextlib
@@ -147,18 +147,20 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
         for step, (inputs, labels) in enumerate(loader, start=1):
             inputs = inputs.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            # A group of batches makes an optimizer step, and an epoch's last group
-            # can be smaller. Each sample weighs the same, as in one large batch.
+            # A group of batches makes an optimizer step; the epoch's last group is as
+            # large as what is left. Each sample weighs the same, as in one large batch.
             in_group = min(group_size, samples - seen // group_size * group_size)
+            share = len(labels) / in_group
             group_ends = step % args.grad_accum_steps == 0 or step == steps
 
             # DDP 6: backward() averages the gradients over the ranks while it computes
-            # them, except in no_sync(), which must have been there in the forward pass.
+            # them; in no_sync(), which must enclose the forward pass too, it does not.
             with contextlib.nullcontext() if group_ends else no_sync():
                 with precision:
                     outputs = model(inputs)
                 loss = loss_function(outputs.float(), labels)
-                (loss * (len(labels) / in_group)).backward()
+                # Without accumulation it is 1, and to multiply would cost 4% of a step.
+                (loss * share if share < 1 else loss).backward()
             if group_ends:
                 optimizer.step()  # all ranks have equal gradients: models stay equal
                 optimizer.zero_grad()
@@ -260,7 +262,7 @@ def fail(message):
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     else:
-        time.sleep(6)  # torchrun ends all ranks after the first: let that one print
+        time.sleep(6)  # torchrun ends all when one ends: let local rank 0 print first
     sys.exit(2)
 
 
@@ -331,11 +333,12 @@ def parse(parser):
 def join_group(args):
     """Join the other ranks; torchrun's environment variables say who and where.
 
-    torchrun's store outlives a restart, and with it the addresses of ranks that are
-    gone, which new ranks would call (https://github.com/pytorch/pytorch/issues/167288).
-    So rank 0 makes up a name for a part of the store that only this attempt uses. A rank
-    says hello with a word of its own, and waits for a welcome to that word, which is the
-    name. Rank 0 may find an old hello first, so it answers until all have arrived.
+    `dist.init_process_group(args.backend)` would do, but for restarts: torchrun's store
+    outlives them, and with it the addresses of ranks that are gone, which new ranks
+    would call (https://github.com/pytorch/pytorch/issues/167288). So rank 0 makes up a
+    name for a part of the store that only this attempt uses. Each other rank says hello
+    with a random token, and waits for the answer to that token, which is the name. Rank
+    0 may find an old hello first, so it answers until all have arrived.
 
     Raises RuntimeError if they do not within `--timeout`.
     """
@@ -343,13 +346,13 @@ def join_group(args):
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     name, deadline = uuid.uuid4().hex, time.monotonic() + args.timeout
     if rank > 0:
-        word = name
-        store.set(f"hello {rank}", word)
-        name = store.get(f"welcome {word}").decode()  # get() waits until it is there
+        token = name
+        store.set(f"hello {rank}", token)
+        name = store.get(f"answer {token}").decode()  # get() waits until it is there
         store.add(f"arrived {name}", 1)
     while rank == 0 and store.add(f"arrived {name}", 0) < world_size - 1:
         for other in range(1, world_size):
-            store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+            store.set(f"answer {store.get(f'hello {other}').decode()}", name)
         if time.monotonic() > deadline:
             raise RuntimeError(f"timed out after {args.timeout:g} s waiting for ranks")
         time.sleep(0.05)
@@ -368,7 +371,8 @@ class ResumingSampler(DistributedSampler):
 
     def __init__(self, dataset, seed, epoch, trained):
         super().__init__(dataset, seed=seed)
-        # `trained` counts the samples of all ranks; a part of a round is drawn again.
+        # `trained` counts the samples of all ranks. If it does not divide evenly by
+        # their number, which may be another now, the remainder is drawn again.
         self.interrupted_epoch, self.trained = epoch, trained // self.num_replicas
 
     def skipped(self):
@@ -444,27 +448,27 @@ def make_save(args, model, optimizer, sampler):
 
     One is due after each epoch (step 0) and, inside epochs, after every `save_every`
     batches. It is written in the background, or all ranks would have to wait for a slow
-    disk. If the one before is still being written it is left out, unless it is the last.
+    disk. One that falls due while another is being written is skipped, but for the last.
     """
     writer, writing = ThreadPoolExecutor(max_workers=1), None
 
     def save(epoch, step):
         nonlocal writing
-        # This is called once in `grad_accum_steps` batches: is it the first time since
-        # a multiple of `save_every`?
+        # This is called once in `grad_accum_steps` batches; one is due the first time
+        # after each multiple of `save_every`.
         in_epoch = args.save_every and step % args.save_every < args.grad_accum_steps
         last = epoch == args.epochs
         if not (step == 0 or in_epoch) or (writing and not writing.done() and not last):
             return
         if writing:
             writing.result()  # raises what went wrong with it
-        seen = sampler.skipped() + step * args.batch_size if step else 0
+        seen = (sampler.skipped() + step * args.batch_size) if step else 0  # per rank
         snapshot = {
             "model": model.module.state_dict(),  # of the module: no "module." in keys
             "optimizer": optimizer.state_dict(),
             "epoch": epoch,
             "step": seen // args.batch_size,  # batches of a rank in this epoch
-            "trained": seen * dist.get_world_size(),  # its samples, of all ranks
+            "trained": seen * dist.get_world_size(),  # samples of all ranks in it
             "settings": fixed_settings(args),
         }
         buffer = io.BytesIO()
@@ -537,9 +541,12 @@ def train(args, device, snapshot):
     if handed[0]:
         model.load_state_dict(snapshot["model"])
         optimizer.load_state_dict(snapshot["optimizer"])
+    # DDP 3, 6: sends rank 0's weights to all, and makes backward() synchronise.
     model = DistributedDataParallel(model)
-    trained = snapshot["epoch"], snapshot["trained"]
-    sampler = ResumingSampler(dataset, args.seed, *trained)  # DDP 4: each rank its part
+    # DDP 4: each rank its part
+    sampler = ResumingSampler(
+        dataset, args.seed, snapshot["epoch"], snapshot["trained"]
+    )
     loader = make_loader(dataset, sampler, args.batch_size, args.num_workers, device)
     save = None
     if rank == 0 and args.snapshot_path:  # DDP 8
