@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STANDALONE = TORCHRUN + ["--standalone", "--nproc_per_node=2", "torchrun_ddp.py"]
 DDP = [sys.executable, "ddp.py"]
-SETTINGS = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "TORCHELASTIC_", "CUDA_VISIBLE")
+SETTINGS = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "TORCHELASTIC_")
 
 
 def pytest_addoption(parser):
@@ -52,6 +52,7 @@ class Run:
         # torchrun prints a notice if it has to choose this; the scripts' own output is
         # what the tests look at.
         inherited.setdefault("OMP_NUM_THREADS", "1")
+        inherited["CUDA_VISIBLE_DEVICES"] = ""  # unless `env` shows GPUs: test_cuda.py
         if command[:2] == DDP:
             del inherited["OMP_NUM_THREADS"]
         self.out, self.err = folder / "stdout", folder / "stderr"
@@ -197,3 +198,26 @@ def epoch_lines(output):
     return re.findall(
         r"^epoch \d+/\d+  loss (\S+)  accuracy (\S+)%", output, re.MULTILINE
     )
+
+
+def training(run, where):
+    """Wait until `run` is in mid-training: in DDP training, if it is ddp.py."""
+    if where == DDP:
+        run.wait_for("DDP training:")
+        seen = run.stdout.count("\nepoch")
+        end = time.monotonic() + 60
+        while run.stdout.count("\nepoch") < seen + 3:
+            assert run.process.poll() is None and time.monotonic() < end, run.stderr
+            time.sleep(0.05)
+    else:
+        run.wait_for("epoch 3/")
+
+
+@pytest.fixture(params=[DDP, STANDALONE], ids=["ddp", "torchrun"])
+def command(request, folder):
+    """Either script's command, to be run with epochs without end."""
+    # Normal training, which comes first in ddp.py, would never end with so many.
+    call = "run(world_size, False, args, store, folder)"
+    short = call.replace("args", "argparse.Namespace(**dict(vars(args), epochs=1))")
+    edit(folder / "ddp.py", (call, short))
+    return request.param

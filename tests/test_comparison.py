@@ -88,10 +88,7 @@ def test_following_the_advice_raises_the_efficiency(compare):
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
 def test_more_processes_than_cores_are_said_to_be_so(finish):
-    run = finish(
-        ["taskset", "-c", "0"] + DDP + ["--epochs", "1"],
-        env={"CUDA_VISIBLE_DEVICES": ""},
-    )
+    run = finish(["taskset", "-c", "0"] + DDP + ["--epochs", "1"])
     assert "They share 1 core(s) and take turns" in " ".join(run.stdout.split())
 
 

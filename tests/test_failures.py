@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import DDP, STANDALONE, edit
+from conftest import DDP, STANDALONE, edit, training
 
 LONG = ["--epochs", "1000000"]
 FORWARD = "        return self.linear(inputs)"
@@ -22,28 +22,6 @@ def record():
         open(f"threads of {os.getpid()}", "w").writelines(names)
 atexit.register(record)
 """
-
-
-def training(run, where):
-    """Wait until `run` is in mid-training: in DDP training, if it is ddp.py."""
-    if where == DDP:
-        run.wait_for("DDP training:")
-        seen = run.stdout.count("\nepoch")
-        end = time.monotonic() + 60
-        while run.stdout.count("\nepoch") < seen + 3:
-            assert run.process.poll() is None and time.monotonic() < end, run.stderr
-            time.sleep(0.05)
-    else:
-        run.wait_for("epoch 3/")
-
-
-@pytest.fixture(params=[DDP, STANDALONE], ids=["ddp", "torchrun"])
-def command(request, folder):
-    # Normal training, which comes first, would never end with so many epochs.
-    call = "run(world_size, False, args, store, folder)"
-    short = call.replace("args", "argparse.Namespace(**dict(vars(args), epochs=1))")
-    edit(folder / "ddp.py", (call, short))
-    return request.param
 
 
 def test_a_killed_rank_ends_the_run(start, command):

@@ -177,7 +177,7 @@ def test_a_dataset_of_single_samples_and_one_of_batches_are_read_alike():
         ("nccl", 1, 0, "", None),
     ],
 )
-def test_the_device_rule(monkeypatch, backend, ranks, gpus, share, chosen):
+def test_the_backend_rule(monkeypatch, backend, ranks, gpus, share, chosen):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(ddp.dist, "is_nccl_available", lambda: True)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", share)
@@ -186,3 +186,15 @@ def test_the_device_rule(monkeypatch, backend, ranks, gpus, share, chosen):
     else:
         with pytest.raises(ValueError, match="--backend gloo"):
             ddp.choose_backend(backend, ranks)
+
+
+@pytest.mark.parametrize(
+    "gpus, devices", [(0, "cpu cpu cpu"), (2, "cuda:0 cuda:1 cuda:0")]
+)
+def test_the_device_rule(monkeypatch, gpus, devices):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    owned = [ddp.own_device(local_rank) for local_rank in range(3)]
+    assert [str(device) for device in owned] == devices.split()
+    assert current == (owned if gpus else [])
