@@ -252,6 +252,17 @@ def tutorial(dataset, args):
     return epoch
 
 
+def all_reduce(_dataset, args):
+    """Nothing but what a step cannot do without: 1000 times the gradients' exchange."""
+    gradients = torch.zeros(2 * args.input_size + 2)
+
+    def epoch(_number):
+        for _ in range(1000):
+            dist.all_reduce(gradients)
+
+    return epoch
+
+
 def race(args):
     """Be one rank: let the contenders take turns, and write down their seconds."""
     torch.set_num_threads(1)
@@ -398,9 +409,17 @@ def main():
     ]
     print_speed(figures["speed"])
 
+    seconds = measure(SETTINGS[0], 2, ["all_reduce"], args.repeats)["all_reduce"]
+    figures["all_reduce"] = seconds
+    first, middle, last = statistics.quantiles(seconds, n=4)
+    print(
+        f"\nAn all-reduce of 808 bytes between two processes: {middle:.2f} ms, in half"
+        f" of the thousands {first:.2f} to {last:.2f} ms"
+    )
+
     one, two = (median_speed(result) for result in figures["speed"][-2:])
     print(
-        f"\nSamples per second of two processes over one's, {SETTINGS[-1]}:"
+        f"Samples per second of two processes over one's, {SETTINGS[-1]}:"
         f" ours {two['ours'] / one['ours']:.2f}, limit {two['limit'] / one['limit']:.2f}"
     )
 

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STANDALONE = TORCHRUN + ["--standalone", "--nproc_per_node=2", "torchrun_ddp.py"]
 DDP = [sys.executable, "ddp.py"]
+# A pytest that was started in the background is deaf to Ctrl-C, and so are its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SETTINGS = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "TORCHELASTIC_")
 
 
@@ -32,9 +35,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--random-kills",
         type=int,
-        default=8,
+        default=4,
         metavar="N",
-        help="kill torchrun_ddp.py N times at random moments (default: 8)",
+        help="kill torchrun_ddp.py N times at random moments (default: 4)",
     )
 
 

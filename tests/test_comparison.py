@@ -1,5 +1,6 @@
 """What ddp.py says of its comparison: the table, the step, the verdict, the JSON."""
 
+import io
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import sys
 import pytest
 from conftest import DDP, ROOT, edit
 from test_copier import DATASET, MODEL
-from test_training import replace_body
+from test_training import ddp, replace_body
 
 UNSHARDED = (
     "DistributedSampler(dataset, seed=args.seed)",
@@ -72,9 +73,15 @@ def test_table_step_and_json_for_several_world_sizes(compare):
         )
 
 
-def test_the_bar_is_ascii_where_the_terminal_is(finish):
-    assert "#####" in finish(DDP, env={"PYTHONIOENCODING": "ascii"}).stdout
-    assert "\u2588" * 5 in finish(DDP, env={"PYTHONIOENCODING": "utf-8"}).stdout
+@pytest.mark.parametrize("encoding, bar", [("ascii", "#"), ("utf-8", "\u2588")])
+def test_the_bar_is_ascii_where_the_terminal_is(monkeypatch, encoding, bar):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    step = {"data": 1.0, "compute": 2.0, "sync": 2.0}
+    ddp.print_step({"world_size": 2, "ddp_step_ms": step})
+    terminal.seek(0)
+    bars = [line.split(" ")[-1] for line in terminal.read().splitlines()]
+    assert bars == ["ms", bar * 10, bar * 20, bar * 20]
 
 
 def test_following_the_advice_raises_the_efficiency(compare):
@@ -114,7 +121,7 @@ def test_the_probe_changes_nothing_else(compare, folder):
     ids=["shards overlap", "data drawn per rank", "no_sync left on", "with --amp"],
 )
 def test_a_broken_ddp_is_seen(compare, folder, mistake, flags):
-    edit(folder / "ddp.py", mistake)
+    edit(folder / "ddp.py", mistake, NO_PROBE)
     output, figures = compare(flags, code=1)
     assert figures["runs"][0]["same_model"] is False
     assert "DDP training is not right" in " ".join(output.split())
@@ -123,6 +130,7 @@ def test_a_broken_ddp_is_seen(compare, folder, mistake, flags):
 def test_models_with_batchnorm_may_differ(compare, folder):
     replace_body(folder / "ddp.py", "MyModel", MODEL)
     replace_body(folder / "ddp.py", "MyDataset", DATASET)
+    edit(folder / "ddp.py", NO_PROBE)
     output, figures = compare("--epochs 1")
     assert figures["runs"][0]["same_model"] is False
     assert "as they have to with BatchNorm or dropout" in " ".join(output.split())
@@ -130,7 +138,7 @@ def test_models_with_batchnorm_may_differ(compare, folder):
 
 def test_a_model_that_becomes_nan_is_no_success(compare, folder):
     forward = "return self.linear(inputs)"
-    edit(folder / "ddp.py", (forward, forward + " * float('nan')"))
+    edit(folder / "ddp.py", (forward, forward + " * float('nan')"), NO_PROBE)
     _, figures = compare("--epochs 1", code=1)
     assert figures["runs"][0]["same_model"] is False
     assert figures["runs"][0]["ddp"]["loss"] is None  # JSON has no NaN

@@ -322,7 +322,7 @@ def test_a_full_disk(finish, small_disk):
 def test_a_slow_disk_holds_nobody_up(finish, folder, reference):
     expected = reference("--epochs 20")
     slow = "            os.fsync(file.fileno())\n"
-    edit(folder / "torchrun_ddp.py", (slow, slow + "            time.sleep(6)\n"))
+    edit(folder / "torchrun_ddp.py", (slow, slow + "            time.sleep(4)\n"))
     flags = "--epochs 20 --timeout 2 --snapshot_path snapshot.pt"
     finish(TORCHRUN + RESTARTS.split() + flags.split())
     assert_same_end(folder / "snapshot.pt", expected)

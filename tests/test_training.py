@@ -49,9 +49,9 @@ def replace_body(path, name, body):
         "",
         "--backend gloo --epochs 10 --batch_size 128 --input_size 200 --world_size 2",
         "--world_size 1 3",  # 1000 samples do not divide evenly by 3
-        "--world_size 4 --dataset_length 1001 --batch_size 7 --grad-accum-steps=3",
-        "--world_size 4 --dataset_length 2 --batch_size 3",  # more ranks than samples
-        "--num_workers 2",
+        "--world_size 3 --dataset_length 1001 --batch_size 7 --grad-accum-steps=3",
+        "--world_size 3 --dataset_length 2 --batch_size 3",  # more ranks than samples
+        "--num_workers 1",
         "--amp --grad_accum_steps 2",
     ],
 )
