@@ -29,6 +29,7 @@ import gc
 import io
 import itertools
 import re
+import signal
 import sys
 import threading
 import time
@@ -403,7 +404,7 @@ def load_snapshot(args):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a broken file: it is refused below
-            # weights_only: a snapshot is data, and runs no code, whoever wrote it.
+            # weights_only: a snapshot is data, and has no business to run code.
             snapshot = torch.load(path, map_location="cpu", weights_only=True)
         settings = snapshot["settings"]
         for name, value in fixed_settings(args).items():
@@ -583,6 +584,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        # After the terminal's, torchrun sends one of its own, which would interrupt this.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(130)
     except Exception:
         # Once is enough: torchrun reports the traceback when it will not try again.
