@@ -160,7 +160,7 @@ def train_loop(model, loader, optimizer, device, args, first_epoch=0, save=None)
                 with precision:
                     outputs = model(inputs)
                 loss = loss_function(outputs.float(), labels)
-                # Without accumulation it is 1, and to multiply would cost 4% of a step.
+                # share is 1 without accumulation: to multiply costs 4% of a small step.
                 (loss * share if share < 1 else loss).backward()
             if group_ends:
                 optimizer.step()  # all ranks have equal gradients: models stay equal
