@@ -15,55 +15,56 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that tests can import the scripts
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-STANDALONE = TORCHRUN + ["--standalone", "--nproc_per_node=2", "torchrun_ddp.py"]
-DDP = [sys.executable, "ddp.py"]
-# A pytest that was started in the background is deaf to Ctrl-C, and so are its children.
+STANDALONE = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+SCRIPTS = {
+    "ddp": [sys.executable, "ddp.py"],
+    "torchrun": [*STANDALONE, "torchrun_ddp.py"],
+}
+# Processes of a pytest that runs in the background ignore Ctrl-C, unless told otherwise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-SETTINGS = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "TORCHELASTIC_")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--clean-exits",
-        type=int,
-        default=0,
-        metavar="N",
-        help="run each script N times in a row and count the clean exits",
-    )
-    parser.addoption(
-        "--random-kills",
-        type=int,
-        default=4,
-        metavar="N",
-        help="kill torchrun_ddp.py N times at random moments (default: 4)",
-    )
+    def add(flag, default, help):
+        parser.addoption(flag, type=int, default=default, metavar="N", help=help)
+
+    add("--random-kills", 2, "kill training at N random moments (default: 2)")
+    add("--clean-exits", 1, "run each script N times in a row (default: 1)")
+    add("--examples", 40, "random examples of the comparison (default: 40)")
+    parser.addoption("--all", action="store_true", help="also run the slow tests")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --all only")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
 
 
 class Run:
-    """One command that runs in a folder of its own; `kill_all` leaves nothing of it.
+    """A command that runs in a folder. `kill_all` leaves nothing of it.
 
-    Every process it starts inherits a mark in its environment, by which `processes`
-    finds it, whatever has become of its parents.
+    All its processes inherit a mark in their environment, by which they are found.
     """
 
     def __init__(self, command, folder, env):
         self.mark = uuid.uuid4().hex
-        self.folder = folder
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
-        # torchrun prints a notice if it has to choose this; the scripts' own output is
-        # what the tests look at.
-        inherited.setdefault("OMP_NUM_THREADS", "1")
+        launcher = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "TORCHELASTIC_", "OMP_")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+        if TORCHRUN[-1] in command:
+            inherited["OMP_NUM_THREADS"] = "1"  # or torchrun prints that it chose this
         inherited["CUDA_VISIBLE_DEVICES"] = ""  # unless `env` shows GPUs: test_cuda.py
-        if command[:2] == DDP:
-            del inherited["OMP_NUM_THREADS"]
         self.out, self.err = folder / "stdout", folder / "stderr"
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
                 command,
                 cwd=str(folder),
-                env=dict(inherited, DDP_TEST_MARK=self.mark, **(env or {})),
+                env={**inherited, "DDP_TEST_MARK": self.mark, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -91,21 +92,22 @@ class Run:
 
     def ranks(self):
         """Return the training processes, rank 0 first, without DataLoader workers."""
-        others = [p for p in self.processes() if p.pid != self.process.pid]
-        mine = [p for p in others if p.ppid() == self.process.pid]
+        children = [p for p in self.processes() if p.ppid() == self.process.pid]
         tracker = "multiprocessing.resource_tracker"
-        return sorted(
-            (p for p in mine if tracker not in " ".join(p.cmdline())),
-            key=lambda p: p.pid,
-        )
+        ranks = [p for p in children if tracker not in " ".join(p.cmdline())]
+        return sorted(ranks, key=lambda p: p.pid)
+
+    def wait_until(self, condition, timeout=60):
+        """Wait until `condition()` is true, while the command runs."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, self.stdout + self.stderr
+            assert time.monotonic() < end, self.stdout + self.stderr
+            time.sleep(0.02)
 
     def wait_for(self, text, timeout=60):
         """Wait until the command has printed `text`."""
-        end = time.monotonic() + timeout
-        while text not in self.stdout:
-            assert self.process.poll() is None, self.stdout + self.stderr
-            assert time.monotonic() < end, f"no {text!r} in {self.stdout + self.stderr}"
-            time.sleep(0.05)
+        self.wait_until(lambda: text in self.stdout, timeout)
 
     def wait(self, timeout=100):
         """Wait for the end of the command, and return its exit code."""
@@ -114,11 +116,9 @@ class Run:
     def all_gone(self, timeout=20):
         """Return whether all its processes end by themselves within `timeout`."""
         end = time.monotonic() + timeout
-        while self.processes():
-            if time.monotonic() > end:
-                return False
+        while self.processes() and time.monotonic() < end:
             time.sleep(0.1)
-        return True
+        return not self.processes()
 
     def kill_all(self):
         while self.processes():
@@ -131,32 +131,11 @@ class Run:
         self.process.wait()
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory):
-    """Return the last snapshot of an uninterrupted run with some flags; run each once."""
-    known = {}
-
-    def reference(flags):
-        if flags not in known:
-            folder = tmp_path_factory.mktemp("reference")
-            shutil.copy(str(ROOT / "torchrun_ddp.py"), str(folder))
-            save = ["--snapshot_path", "snapshot.pt"]
-            run = Run([*STANDALONE, *flags.split(), *save], folder, None)
-            try:
-                assert run.wait() == 0, run.stderr
-            finally:
-                run.kill_all()
-            known[flags] = torch.load(str(folder / "snapshot.pt"), weights_only=True)
-        return known[flags]
-
-    return reference
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder with a copy of each script, and nothing else of this project."""
-    for name in ("ddp.py", "torchrun_ddp.py"):
-        shutil.copy(str(ROOT / name), str(tmp_path))
+    """A folder with a copy of each script and of models.py, and nothing else."""
+    for path in (ROOT / "ddp.py", ROOT / "torchrun_ddp.py", ROOT / "tests/models.py"):
+        shutil.copy(str(path), str(tmp_path))
     return tmp_path
 
 
@@ -165,8 +144,8 @@ def start(folder):
     """Start a command in `folder`; when the test ends, so do all its processes."""
     runs = []
 
-    def start(command, env=None):
-        runs.append(Run(command, folder, env))
+    def start(command, flags="", env=None):
+        runs.append(Run([*command, *flags.split()], folder, env))
         return runs[-1]
 
     yield start
@@ -178,8 +157,8 @@ def start(folder):
 def finish(start):
     """Run a command to its end, and check that it leaves no process behind."""
 
-    def finish(command, code=0, env=None):
-        run = start(command, env)
+    def finish(command, flags="", code=0, env=None):
+        run = start(command, flags, env)
         assert run.wait() == code, run.stdout + run.stderr
         assert run.all_gone(), f"left behind: {run.processes()}"
         return run
@@ -187,40 +166,66 @@ def finish(start):
     return finish
 
 
-def edit(path, *changes):
-    """Replace each (old, new) once in a copy of a script; `old` has to be there."""
-    text = path.read_text()
-    for old, new in changes:
-        assert text.count(old) == 1, f"{text.count(old)} times in {path.name}: {old}"
-        text = text.replace(old, new)
-    path.write_text(text)
+@pytest.fixture
+def variant(folder):
+    """Write a script that runs one of ours with parts replaced; return its command.
+
+    `code` runs at the top of the script, in every process, with the module as `script`
+    and with all of models.py: "script.MyModel = CNN".
+    """
+
+    def variant(name, code):
+        module = {"ddp": "ddp", "torchrun": "torchrun_ddp"}[name]
+        main = "if __name__ == '__main__':\n    script.main()\n"
+        text = f"import {module} as script\nfrom models import *\n{code}\n{main}"
+        (folder / "variant.py").write_text(text)
+        return [*SCRIPTS[name][:-1], "variant.py"]
+
+    return variant
+
+
+def load(path):
+    return torch.load(str(path), map_location="cpu", weights_only=True)
+
+
+def same(one, other):
+    """Return whether two (nested) values are equal to the last bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+def assert_same_end(path, reference):
+    for key in ("model", "optimizer", "epoch", "samples"):
+        assert same(load(path)[key], reference[key]), f"{key} differs"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """Return the last snapshot of an undisturbed run with some flags; run each once."""
+    known = {}
+
+    def reference(flags):
+        if flags not in known:
+            folder = tmp_path_factory.mktemp("reference")
+            shutil.copy(str(ROOT / "torchrun_ddp.py"), str(folder))
+            flags_list = [*flags.split(), "--snapshot_path", "snapshot.pt"]
+            run = Run([*SCRIPTS["torchrun"], *flags_list], folder, None)
+            try:
+                assert run.wait() == 0, run.stderr
+            finally:
+                run.kill_all()
+            known[flags] = load(folder / "snapshot.pt")
+        return known[flags]
+
+    return reference
 
 
 def epoch_lines(output):
-    """Return (loss, accuracy) of every epoch line, as printed."""
-    return re.findall(
-        r"^epoch \d+/\d+  loss (\S+)  accuracy (\S+)%", output, re.MULTILINE
-    )
-
-
-def training(run, where):
-    """Wait until `run` is in mid-training: in DDP training, if it is ddp.py."""
-    if where == DDP:
-        run.wait_for("DDP training:")
-        seen = run.stdout.count("\nepoch")
-        end = time.monotonic() + 60
-        while run.stdout.count("\nepoch") < seen + 3:
-            assert run.process.poll() is None and time.monotonic() < end, run.stderr
-            time.sleep(0.05)
-    else:
-        run.wait_for("epoch 3/")
-
-
-@pytest.fixture(params=[DDP, STANDALONE], ids=["ddp", "torchrun"])
-def command(request, folder):
-    """Either script's command, to be run with epochs without end."""
-    # Normal training, which comes first in ddp.py, would never end with so many.
-    call = "run(world_size, False, args, store, folder)"
-    short = call.replace("args", "argparse.Namespace(**dict(vars(args), epochs=1))")
-    edit(folder / "ddp.py", (call, short))
-    return request.param
+    """Return (loss, accuracy) of every epoch line, as numbers."""
+    pattern = r"^epoch +\d+/\d+ .*?loss (\S+)  accuracy (\S+)%"
+    return [
+        tuple(map(float, found)) for found in re.findall(pattern, output, re.MULTILINE)
+    ]

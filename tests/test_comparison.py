@@ -1,162 +1,148 @@
-"""What ddp.py says of its comparison: the table, the step, the verdict, the JSON."""
+"""The comparison of ddp.py: are gradients the same, and where does a step's time go?"""
 
-import io
 import json
-import re
+import random
 import shutil
 import sys
 
 import pytest
-from conftest import DDP, ROOT, edit
-from test_copier import DATASET, MODEL
-from test_training import ddp, replace_body
+from conftest import ROOT
 
-UNSHARDED = (
-    "DistributedSampler(dataset, seed=args.seed)",
-    "DistributedSampler(dataset, seed=rank)",
+MODELS = ("MyModel", "CNN", "DeepMLP", "Transformer")
+MISTAKES = (
+    {"MyDataset": "UnseededSamples"},
+    {"DistributedSampler": "OverlappingSampler"},
+    {"DistributedDataParallel": "UnsynchronisedDDP"},
+    {"DistributedDataParallel": "TwiceDividedDDP"},
 )
-NO_SYNC_LEFT_ON = ("contextlib.nullcontext() if group_ends else no_sync()", "no_sync()")
-OWN_DATA = ("args.input_size, args.seed)", "args.input_size, args.seed + rank)")
-NO_PROBE = (
-    "trained, dataset, optimizer, device, args, seconds / steps",
-    "trained, dataset, optimizer, device, args, 1e9",
-)
+
+
+def images(model):
+    """Return what a case needs to try `model`."""
+    return {} if model == "MyModel" else {"MyModel": model, "MyDataset": "Images"}
 
 
 @pytest.fixture
-def compare(finish, folder):
-    """Run ddp.py with some flags; return what it printed, and the JSON."""
+def run_cases(finish, folder):
+    """Run cases of cases.py in one start of some processes; return their results."""
+    shutil.copy(str(ROOT / "tests" / "cases.py"), str(folder))
 
-    def compare(flags="", code=0, env=None):
-        run = finish(DDP + flags.split() + ["--json", "figures.json"], code, env)
-        return run.stdout, json.loads((folder / "figures.json").read_text())
+    def run_cases(world_size, cases):
+        command = [sys.executable, "cases.py", str(world_size), json.dumps(cases)]
+        run = finish(command)
+        results = [json.loads(line) for line in run.stdout.splitlines()]
+        assert len(results) == len(cases)
+        return list(zip(cases, results))
 
-    return compare
-
-
-def test_table_step_and_json_for_several_world_sizes(compare):
-    output, figures = compare("--world_size 2 1 --batch_size 32")
-    assert {k: type(v) for k, v in figures.items()} == {
-        "torch": str,
-        "python": str,
-        "device": str,
-        "backend": str,
-        "dataset_length": int,
-        "input_size": int,
-        "batch_size": int,
-        "epochs": int,
-        "runs": list,
-    }
-    report = output[output.index("           global") :]
-    assert max(map(len, report.splitlines())) <= 80
-    for run, n in zip(figures["runs"], (2, 1)):
-        assert run["world_size"] == n and run["global_batch_size"] == 32 * n
-        for how in ("normal", "ddp"):
-            samples = run[how]["seconds"] * run[how]["samples_per_second"]
-            assert samples == pytest.approx(5 * 1000)
-            assert 0.6 < run[how]["loss"] < 0.8 and 0.4 < run[how]["accuracy"] < 0.7
-        speedup = run["normal"]["seconds"] / run["ddp"]["seconds"]
-        assert run["speedup"] == pytest.approx(speedup)
-        assert run["efficiency"] == pytest.approx(speedup / n)
-        assert run["same_model"] is True and run["max_weight_difference"] < 1e-6
-        row = re.search(rf"^ +{n} +{32 * n} .*$", report, re.MULTILINE).group().split()
-        assert row[6:9] == [f"{speedup:.2f}x", f"{speedup / n:.0%}", "yes"]
-        step = run["ddp_step_ms"]
-        for part in ("data", "compute", "sync"):
-            assert f"  {part:7} {step[part]:8.2f} ms" in report
-        assert sum(step.values()) > 0
-        how = (
-            "faster" if speedup > 1.05 else "slower" if speedup < 0.95 else "no faster"
-        )
-        assert re.search(
-            rf"DDP in {n} process(es)? is {how}: {speedup:.2f} times", report
-        )
+    return run_cases
 
 
-@pytest.mark.parametrize("encoding, bar", [("ascii", "#"), ("utf-8", "\u2588")])
-def test_the_bar_is_ascii_where_the_terminal_is(monkeypatch, encoding, bar):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdout", terminal)
-    step = {"data": 1.0, "compute": 2.0, "sync": 2.0}
-    ddp.print_step({"world_size": 2, "ddp_step_ms": step})
-    terminal.seek(0)
-    bars = [line.split(" ")[-1] for line in terminal.read().splitlines()]
-    assert bars == ["ms", bar * 10, bar * 20, bar * 20]
+def test_right_models_have_the_same_gradients(run_cases):
+    """In float32 and bfloat16; with a shorter last batch, and a shorter last step."""
+    flags = ("", "--amp", "--dataset_length 61 --batch_size 5 --grad_accum_steps 3")
+    cases = [
+        {"run": "check", "flags": flag, **images(model)}
+        for model in MODELS
+        for flag in flags
+    ]
+    for case, result in run_cases(2, cases):
+        assert result["same_gradients"] and result["right"], (case, result)
+        limit = 0.2 if "--amp" in case["flags"] else 1e-5
+        assert result["gradient_difference"] < limit, (case, result)
+        assert result["unchanged"], case
 
 
-def test_following_the_advice_raises_the_efficiency(compare):
-    output, before = compare("--dataset_length 8000 --batch_size 16")
-    advice = re.search(r"(--grad_accum_steps|--batch_size)\s(\d+)", output)
-    output, after = compare(
-        "--dataset_length 8000 --batch_size 16 " + " ".join(advice.groups())
-    )
-    assert after["runs"][0]["efficiency"] > before["runs"][0]["efficiency"]
+def test_mistakes_are_seen(run_cases):
+    cases = [
+        {"run": "check", "flags": flags, **mistake}
+        for mistake in MISTAKES
+        for flags in ("", "--amp", "--grad_accum_steps 3")
+    ]
+    for case, result in run_cases(2, cases):
+        assert not result["same_gradients"] and not result["right"], (case, result)
+        assert result["gradient_difference"] > 0.3, (case, result)
 
 
-@pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
-def test_more_processes_than_cores_are_said_to_be_so(finish):
-    run = finish(["taskset", "-c", "0"] + DDP + ["--epochs", "1"])
-    assert "They share 1 core(s) and take turns" in " ".join(run.stdout.split())
+def test_batchnorm_and_dropout_are_no_mistakes(run_cases):
+    models = ("BatchNormCNN", "DropoutCNN", "DropoutLSTM")
+    cases = [{"run": "check", **images(model)} for model in models]
+    for case, result in run_cases(2, cases):
+        assert not result["same_gradients"] and result["right"], (case, result)
+        assert result["unchanged"], case
+    cases = [dict(case, DistributedDataParallel="UnsynchronisedDDP") for case in cases]
+    for case, result in run_cases(2, cases):
+        assert not result["right"], (case, result)
 
 
-def test_the_probe_changes_nothing_else(compare, folder):
-    with_probe = compare()[1]["runs"][0]
-    edit(folder / "ddp.py", NO_PROBE)
-    output, figures = compare()
-    without = figures["runs"][0]
-    assert "takes too long" in output and without["ddp_step_ms"] is None
-    for key in ("loss", "accuracy"):
-        assert with_probe["ddp"][key] == without["ddp"][key]
-    assert with_probe["max_weight_difference"] == without["max_weight_difference"]
+def test_a_step_that_is_scaled_wrongly_is_seen(finish, folder):
+    """The last step of an epoch has fewer samples: divided by too many, it is wrong."""
+    script = folder / "ddp.py"
+    right = "in_step = min(step_size, samples - seen // step_size * step_size)"
+    text = script.read_text()
+    assert text.count(right) == 1
+    wrong = "in_step = step_size if hasattr(model, 'module') else " + right[10:]
+    script.write_text(text.replace(right, wrong))
+    flags = "--dataset_length 70 --batch_size 8 --grad_accum_steps 3 --epochs 1"
+    run = finish([sys.executable, "ddp.py"], flags, code=1)
+    assert "DDP is WRONG: gradients are not" in run.stdout
+    assert run.stdout.splitlines()[-1].strip()  # all else is still shown
 
 
-@pytest.mark.parametrize(
-    "mistake, flags",
-    [
-        (UNSHARDED, ""),
-        (OWN_DATA, ""),
-        (NO_SYNC_LEFT_ON, "--learning_rate 1e-5"),
-        (NO_SYNC_LEFT_ON, "--learning_rate 1e-5 --amp"),
-    ],
-    ids=["shards overlap", "data drawn per rank", "no_sync left on", "with --amp"],
-)
-def test_a_broken_ddp_is_seen(compare, folder, mistake, flags):
-    edit(folder / "ddp.py", mistake, NO_PROBE)
-    output, figures = compare(flags, code=1)
-    assert figures["runs"][0]["same_model"] is False
-    assert "DDP training is not right" in " ".join(output.split())
+def test_a_model_that_is_nan_is_no_success(finish, folder, variant):
+    flags = "--dataset_length 300 --epochs 2 --json figures.json"
+    run = finish(variant("ddp", "script.MyModel = NaNModel"), flags, code=1)
+    assert "The gradients are not finite" in run.stdout
+    figures = json.loads((folder / "figures.json").read_text())["runs"][0]
+    assert figures["ddp"]["loss"] is None and figures["same_gradients"] is False
 
 
-def test_models_with_batchnorm_may_differ(compare, folder):
-    replace_body(folder / "ddp.py", "MyModel", MODEL)
-    replace_body(folder / "ddp.py", "MyDataset", DATASET)
-    edit(folder / "ddp.py", NO_PROBE)
-    output, figures = compare("--epochs 1")
-    assert figures["runs"][0]["same_model"] is False
-    assert "as they have to with BatchNorm or dropout" in " ".join(output.split())
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_random_combinations_have_the_same_gradients(request, run_cases, world_size):
+    """More: `pytest tests -k random_combinations --examples 1000`."""
+    choose = random.Random(world_size).randint
+    template = "--dataset_length {} --batch_size {} --grad_accum_steps {} --seed {}"
+    cases = [
+        {
+            "run": "check",
+            "flags": template.format(
+                choose(1, 60), choose(1, 12), choose(1, 6), choose(0, 99)
+            ),
+        }
+        for _ in range(request.config.getoption("--examples"))
+    ]
+    for case, result in run_cases(world_size, cases):
+        assert result["same_gradients"] and result["unchanged"], (case, result)
 
 
-def test_a_model_that_becomes_nan_is_no_success(compare, folder):
-    forward = "return self.linear(inputs)"
-    edit(folder / "ddp.py", (forward, forward + " * float('nan')"), NO_PROBE)
-    _, figures = compare("--epochs 1", code=1)
-    assert figures["runs"][0]["same_model"] is False
-    assert figures["runs"][0]["ddp"]["loss"] is None  # JSON has no NaN
+def test_the_check_changes_no_training(run_cases):
+    """Also of models with dropout and BatchNorm, to the last bit."""
+    cases = []
+    for model in ("MyModel", "DropoutCNN", "BatchNormCNN"):
+        case = {"run": "weights", "flags": "--epochs 2", **images(model)}
+        cases += [case, {**case, "check_gradients": "no_check"}]
+    results = [result for _, result in run_cases(2, cases)]
+    assert results[::2] == results[1::2]
 
 
-@pytest.mark.parametrize("world_size", ["2", "3"])
-def test_the_same_model_for_random_combinations(finish, folder, world_size):
-    shutil.copy(str(ROOT / "tests" / "property_driver.py"), str(folder))
-    run = finish([sys.executable, "property_driver.py", world_size, "60", "1"])
-    assert (
-        run.stderr == ""
-        and run.stdout == f"60 combinations in {world_size} processes\n"
-    )
+def test_the_parts_of_a_step(run_cases):
+    """What takes 30 ms and more shows up in the part where it is."""
+    flags = "--dataset_length 2000 --batch_size 30"
+    cases = [
+        {"run": "step", "flags": flags},
+        {"run": "step", "flags": flags, "MyDataset": "SlowSamples"},
+        {"run": "step", "flags": flags, "MyModel": "SlowModel"},
+        {"run": "step", "flags": flags, "MyModel": "LargeModel"},
+    ]
+    (_, small), (_, slow_data), (_, slow_model), (_, large) = run_cases(2, cases)
+    for parts in (small, slow_data, slow_model, large):
+        assert min(parts.values()) >= 0
+    assert max(slow_data, key=slow_data.get) == "data" and slow_data["data"] > 20
+    assert max(slow_model, key=slow_model.get) == "compute"
+    assert slow_model["compute"] > 20
+    assert large["sync"] > 5 * small["sync"]
 
 
-@pytest.mark.parametrize("path", ["no/such/folder.json", ".", "/dev/null"])
-def test_a_json_file_that_cannot_be_written(finish, folder, path):
-    run = finish(DDP + ["--json", path], 2)
-    assert run.stdout == "" and run.stderr.count("\n") == 1
-    assert f"--json: cannot write {path}" in run.stderr
-    assert not list(folder.glob("*.tmp"))
+def test_a_slow_ddp_is_said_to_be_slower(finish, variant):
+    code = "script.DistributedDataParallel = SlowDDP"
+    run = finish(variant("ddp", code), "--dataset_length 4000 --epochs 3")
+    assert "DDP is slower" in run.stdout

@@ -1,31 +1,13 @@
 """The two scripts as texts: an equal pair, in step with each other and the README."""
 
 import ast
-import json
 import re
 
 import pytest
-from conftest import ROOT, TORCHRUN
+from conftest import ROOT
 
-SCRIPTS = ("torchrun_ddp.py", "ddp.py")
-SHARED = [
-    "MyDataset",
-    "MyModel",
-    "collate",
-    "make_loader",
-    "make_optimizer",
-    "clock",
-    "train_loop",
-    "choose_backend",
-    "own_device",
-    "leave_group",
-    "is_orphan",
-    "end_with_parent",
-    "fail",
-    "number",
-    "make_parser",
-    "parse",
-]
+NAMES = ("torchrun_ddp.py", "ddp.py")
+OWN = {"main", "parse_args"}  # the same names, but not the same functions
 
 
 def source(name):
@@ -34,59 +16,39 @@ def source(name):
 
 def definitions(name):
     """Return {name: source text} of a script's top-level definitions, in order."""
-    text = source(name)
-    lines = text.splitlines()
-    nodes = [
-        n
-        for n in ast.parse(text).body
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-    ]
-    return {n.name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes}
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    nodes = [n for n in ast.parse(source(name)).body if isinstance(n, kinds)]
+    return {n.name: ast.get_source_segment(source(name), n) for n in nodes}
 
 
-def test_shared_definitions_are_the_same_and_in_the_same_order():
-    one, other = (definitions(name) for name in SCRIPTS)
-    for name in SHARED:
+def test_what_both_scripts_define_is_the_same_and_in_the_same_order():
+    one, other = (definitions(name) for name in NAMES)
+    shared = [name for name in one if name in other and name not in OWN]
+    assert {"MyDataset", "MyModel", "train_loop", "make_loader"} < set(shared)
+    assert [name for name in other if name in shared] == shared
+    for name in shared:
         assert one[name] == other[name], f"{name} differs between the scripts"
-    assert [name for name in one if name in SHARED] == SHARED
-    assert [name for name in other if name in SHARED] == SHARED
 
 
-def test_the_same_numbered_steps_in_both_scripts_and_the_readme():
+def test_the_marks_are_the_same_in_both_scripts_and_the_readme():
     numbers = [str(n) for n in range(1, 10)]
-    for name in SCRIPTS:
-        assert (
-            sorted(
-                set(
-                    re.findall(
-                        r"DDP (\d+)", source(name)[source(name).index("import") :]
-                    )
-                )
-            )
-            == numbers
-        )
-    assert re.findall(r"^\| (\d) \|", source("README.md"), re.MULTILINE) == numbers
+    for name in NAMES:
+        for text in definitions(name).values():
+            marks = re.findall(r"DDP (\d)", text)
+            assert marks == sorted(marks), f"marks out of order: {text}"
+        code = source(name).split('"""', 2)[2]
+        assert sorted(set(re.findall(r"DDP (\d)", code))) == numbers
+    assert re.findall(r"^\| (\d) [a-z]", source("README.md"), re.MULTILINE) == numbers
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_python_3_7_syntax_public_pytorch_and_flags_in_the_readme(name):
-    ast.parse(source(name), feature_version=(3, 7))
-    for node in ast.walk(ast.parse(source(name))):
+@pytest.mark.parametrize("name", NAMES)
+def test_python_3_7_syntax_and_nothing_private(name):
+    for node in ast.walk(ast.parse(source(name), feature_version=(3, 7))):
         if isinstance(node, ast.Attribute):
-            private = node.attr.startswith("_") and not node.attr.endswith("__")
-            assert not private or node.attr == "_exit", node.attr
+            assert not re.match(r"_[a-z]", node.attr), f"{node.attr} is private"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_is_in_the_readme(name):
     for flag in re.findall(r'"(--[a-z_]+)"', source(name)):
         assert f"`{flag}" in source("README.md"), f"{flag} is not in the README"
-
-
-def test_the_benchmark_still_fits_the_loop_it_takes_apart(finish, folder):
-    contenders = ["ours", "stripped", "limit", "tutorial", "with_item", "saving"]
-    job = {"dataset_length": 256, "input_size": 10, "batch_size": 16, "repeats": 2}
-    job.update(contenders=contenders, folder=str(folder))
-    script = str(ROOT / "tests" / "benchmark.py")
-    launch = ["--standalone", "--nproc_per_node=2", script, "--race", json.dumps(job)]
-    finish(TORCHRUN + launch)
-    seconds = json.loads((folder / "seconds.json").read_text())
-    assert {name: len(seconds[name]) for name in seconds} == dict.fromkeys(
-        contenders, 2
-    )

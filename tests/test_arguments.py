@@ -1,0 +1,140 @@
+"""Bad input is refused with exit code 2 and its reason, before anything is started."""
+
+import socket
+
+import pytest
+import torch
+from conftest import SCRIPTS
+
+import ddp
+import torchrun_ddp
+
+BAD_FLAGS = [
+    ("--epochs 0", "--epochs: 0 is not a number from 1"),
+    ("--epochs 1.5", "--epochs: invalid number value: '1.5'"),
+    ("--epochs", "--epochs: expected one argument"),
+    ("--batch_size -1", "--batch_size"),
+    ("--input_size many", "--input_size"),
+    ("--dataset_length 0", "--dataset_length"),
+    ("--learning_rate nan", "--learning_rate"),
+    ("--learning_rate -0.1", "--learning_rate"),
+    ("--learning_rate inf", "--learning_rate"),
+    ("--seed -1", "--seed"),
+    ("--num_workers -1", "--num_workers"),
+    ("--grad_accum_steps 0", "--grad_accum_steps"),
+    ("--timeout 0", "--timeout"),
+    ("--backend mpi", "--backend: invalid choice: 'mpi'"),
+    ("--backend nccl", "--backend nccl needs a CUDA GPU; use --backend gloo"),
+    ("--nonsense", "--nonsense"),
+]
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Let a script parse flags that it refuses; return what it says on stderr."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def refuse(script, flags):
+        monkeypatch.setattr("sys.argv", ["script.py", *flags.split()])
+        with pytest.raises(SystemExit) as error:
+            script.parse_args()
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    return refuse
+
+
+@pytest.mark.parametrize("flags, says", BAD_FLAGS)
+@pytest.mark.parametrize("script", [ddp, torchrun_ddp], ids=["ddp", "torchrun"])
+def test_a_bad_flag(refuse, monkeypatch, script, flags, says):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert says in refuse(script, flags)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--world_size 0", "--world_size must be from 1 to"),
+        ("--world_size 2 100000", "--world_size must be from 1 to"),
+        ("--world_size two", "--world_size"),
+        ("--json no/such/folder.json", "No such file"),
+        ("--json .", "Is a directory"),
+    ],
+)
+def test_a_bad_flag_of_ddp(refuse, flags, says):
+    assert says in refuse(ddp, flags)
+
+
+def test_bad_flags_of_torchrun_ddp(refuse, monkeypatch):
+    assert "start it with torchrun" in refuse(torchrun_ddp, "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    says = refuse(torchrun_ddp, "--save_every 5")
+    assert "--save_every needs --snapshot_path" in says
+    assert "--save_every" in refuse(torchrun_ddp, "--snapshot_path a --save_every -1")
+
+
+# 192.0.2.1 is an address that is kept for examples: no machine has it.
+@pytest.mark.parametrize(
+    "address, port, says",
+    [
+        ("localhost", "abc", "MASTER_PORT=abc: invalid literal"),
+        ("localhost", "70000", "MASTER_PORT=70000: "),
+        ("localhost", "-1", "MASTER_PORT=-1: "),
+        ("no-such-host.invalid", "0", "MASTER_ADDR=no-such-host.invalid "),
+        ("192.0.2.1", "0", "Cannot assign requested address"),
+        ("a..b", "0", "MASTER_ADDR=a..b "),
+        ("localhost", "busy", "Address already in use"),
+    ],
+)
+def test_an_address_where_no_store_can_be(refuse, monkeypatch, address, port, says):
+    with socket.create_server(("localhost", 0)) as server:
+        port = port.replace("busy", str(server.getsockname()[1]))
+        monkeypatch.setenv("MASTER_ADDR", address)
+        monkeypatch.setenv("MASTER_PORT", port)
+        assert says in refuse(ddp, "")
+
+
+def test_the_store_takes_the_port_that_is_set_and_else_any(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for _ in range(2):
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        store = ddp.open_store(pytest.fail)
+        assert store.port > 0
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    assert ddp.open_store(pytest.fail).port == port
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="older stores listen everywhere")
+def test_the_store_listens_on_its_address_only(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    store = ddp.open_store(pytest.fail)
+    socket.create_connection(("127.0.0.1", store.port), timeout=5).close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", store.port), timeout=5)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_is_started(finish, folder, name):
+    """Python runs a module of this name at every start: it counts the processes."""
+    count = "import os\nwith open('starts', 'a') as file:\n    file.write('.')\n"
+    (folder / "sitecustomize.py").write_text(count)
+    (folder / ".env").write_text("MASTER_PORT=from-the-file\n")
+    command = SCRIPTS[name] if name == "ddp" else ["python", "torchrun_ddp.py"]
+    run = finish(command, code=2, env={"PYTHONPATH": str(folder)})
+    assert run.stdout == "" and "error: " in run.stderr.splitlines()[-1]
+    assert (folder / "starts").read_text() == "."
+    assert name != "ddp" or "MASTER_PORT=from-the-file" in run.stderr
+
+
+def test_under_torchrun_a_bad_flag_is_named(finish):
+    run = finish(SCRIPTS["torchrun"], "--epochs 0", code=1)
+    assert "--epochs: 0 is not a number from 1" in run.stderr
+    assert "exitcode  : 2 " in run.stderr and "Traceback" not in run.stdout

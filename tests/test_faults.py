@@ -1,0 +1,133 @@
+"""Ranks that die or hang, Ctrl-C, parents that are killed, and an end in good order."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import pytest
+from conftest import SCRIPTS, epoch_lines
+
+LONG = "--epochs 1000000 --dataset_length 2000"
+both = pytest.mark.parametrize("name", SCRIPTS)
+
+
+@pytest.fixture
+def training(start):
+    """Start a script, with epochs without end; return it when it trains with DDP."""
+
+    def training(name, flags=""):
+        run = start(SCRIPTS[name], f"{LONG} {flags}")
+        run.wait_until(lambda: len(epoch_lines(run.stdout)) >= 6)
+        return run
+
+    return training
+
+
+@both
+def test_a_killed_rank_ends_the_run(training, name):
+    run = training(name)
+    run.ranks()[1].kill()
+    assert run.wait(30) == 1 and run.all_gone()
+    assert "SIGKILL" in run.stderr
+
+
+@both
+def test_an_exception_ends_the_run_and_is_shown(finish, variant, name):
+    run = finish(variant(name, "script.MyModel = FailingModel"), LONG, code=1)
+    assert "ValueError: a mistake in the model" in run.stderr
+    assert "epoch 2/" not in run.stdout
+
+
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_ctrl_c_ends_ddp_quietly(start, training, when):
+    """A terminal sends Ctrl-C to all processes of the command."""
+    if when == "training":
+        run = training("ddp")
+    else:
+        run = start(SCRIPTS["ddp"])
+        run.wait_for("PyTorch")
+        time.sleep(0.5)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.wait(30) == 130
+    assert run.all_gone() and run.stderr == ""
+
+
+def test_ctrl_c_ends_torchrun(training):
+    run = training("torchrun")
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.wait(60) != 0 and run.all_gone()
+
+
+@both
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_parent_leaves_no_process(training, name, how):
+    run = training(name, "--num_workers 1" if how == signal.SIGKILL else "")
+    run.process.send_signal(how)
+    run.wait(30)
+    assert run.all_gone(), f"left behind: {run.processes()}"
+
+
+@both
+def test_a_stuck_rank_ends_the_run(training, name):
+    run = training(name, "--timeout 5")
+    stuck = run.ranks()[1]
+    stuck.suspend()
+    run.wait_until(lambda: len(run.ranks()) < 2)
+    stuck.send_signal(signal.SIGCONT)  # or torchrun waits 30 seconds to kill it
+    assert run.wait(60) == 1 and run.all_gone()
+    assert "Timed out" in run.stderr or "timed out" in run.stderr
+
+
+def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, variant):
+    """The other ranks wait at the store, which has no part in --timeout."""
+    code = "script.MyDataset = SlowSamples"
+    flags = "--timeout 2 --epochs 2 --dataset_length 5500 --batch_size 100"
+    run = finish(variant("ddp", code), flags)
+    progress = r"^  batch \d+/\d+  loss [\d.]+  [\d,]+ samples/s$"
+    assert re.search(progress, run.stdout, re.MULTILINE)  # after five seconds
+    # Two processes sleep half as long each: faster, however busy the machine.
+    assert "DDP is faster" in run.stdout
+
+
+def test_two_runs_at_the_same_moment(start):
+    runs = [start(SCRIPTS["ddp"], "--epochs 1") for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+
+
+def test_a_busy_port_is_torchruns_own_error(finish):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        command = [*SCRIPTS["torchrun"][:-3], "--nproc_per_node=2"]
+        command += [f"--master_port={port}", "torchrun_ddp.py"]
+        run = finish(command, code=1)
+    assert "address already in use" in run.stderr.lower()
+
+
+@both
+def test_clean_exits(request, finish, folder, name):
+    """No thread of Gloo is left at the end: it is what aborts a process now and then.
+
+    More: `pytest tests -k clean_exits --clean-exits 50`.
+    """
+    record = """
+import atexit, os, sys
+def record():
+    if "torch.distributed" in sys.modules:
+        threads = os.listdir("/proc/self/task")
+        names = [open(f"/proc/self/task/{thread}/comm").read() for thread in threads]
+        with open(f"threads of {os.getpid()}", "w") as file:
+            file.writelines(names)
+atexit.register(record)
+"""
+    if sys.platform == "linux":
+        (folder / "sitecustomize.py").write_text(record)
+    env = {"PYTHONPATH": str(folder)}
+    for _ in range(request.config.getoption("--clean-exits")):
+        run = finish(SCRIPTS[name], "--epochs 1 --dataset_length 1000", env=env)
+        assert run.stderr == "" or "master_addr is" in run.stderr
+    files = list(folder.glob("threads of *"))
+    assert len(files) >= 2 or sys.platform != "linux"
+    assert all("gloo" not in file.read_text() for file in files)

@@ -1,0 +1,135 @@
+"""The snapshot file: whole, damaged, of another run, on a full disk."""
+
+import argparse
+import os
+import pickle
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SCRIPTS, load, same
+
+import torchrun_ddp
+
+FLAGS = {"input_size": 5, "batch_size": 4, "learning_rate": 0.1, "epochs": 3}
+DONE = {"epoch": 2, "samples": 12}
+
+
+@pytest.fixture
+def args(tmp_path):
+    """The arguments of a run, in a process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield argparse.Namespace(snapshot_path=str(tmp_path / "snapshot.pt"), **FLAGS)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def trained():
+    """Return a model and its optimizer, after a step."""
+    model = torch.nn.parallel.DistributedDataParallel(torchrun_ddp.MyModel(5))
+    optimizer = torchrun_ddp.make_optimizer(model, 0.1)
+    model(torch.ones(3, 5)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_what_is_saved_is_loaded(args):
+    model, optimizer = trained()
+    torchrun_ddp.save_snapshot(args, model, optimizer, *DONE.values())
+    saved = load(args.snapshot_path)
+    assert saved["model"].keys() == torchrun_ddp.MyModel(5).state_dict().keys()
+    args.epochs = 9  # may change
+    other = torchrun_ddp.MyModel(5)
+    other_optimizer = torchrun_ddp.make_optimizer(other, 0.1)
+    where = torchrun_ddp.load_snapshot(args, other, other_optimizer)
+    assert where == tuple(DONE.values())
+    assert same(other.state_dict(), model.module.state_dict())
+    assert same(other_optimizer.state_dict(), optimizer.state_dict())
+    assert os.listdir(os.path.dirname(args.snapshot_path)) == ["snapshot.pt"]
+
+
+def test_without_a_file_training_starts(args):
+    model, optimizer = trained()
+    assert torchrun_ddp.load_snapshot(args, model, optimizer) == (0, 0)
+    args.snapshot_path = None
+    assert torchrun_ddp.load_snapshot(args, model, optimizer) == (0, 0)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (b"garbage" * 100, ""),
+        (b"", "EOFError"),
+        (pickle.dumps(Evil()), "UnpicklingError"),
+        ("truncated", ""),
+        ("directory", "IsADirectoryError"),
+        ({"weight": torch.ones(2)}, "KeyError('settings')"),
+        ({"settings": dict(FLAGS, batch_size=7)}, "it was made with --batch_size 7"),
+        ({"settings": {"dropout": 0.1}}, "it was made with --dropout 0.1"),
+        ({"settings": {}, "model": {"other": torch.ones(1)}}, "Error(s) in loading"),
+    ],
+)
+def test_a_file_that_does_not_fit(args, capfd, monkeypatch, tmp_path, bad, reason):
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = trained()
+    path = tmp_path / "snapshot.pt"
+    if bad == "directory":
+        path.mkdir()
+    elif bad == "truncated":
+        torchrun_ddp.save_snapshot(args, model, optimizer, 1, 0)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif isinstance(bad, bytes):
+        path.write_bytes(bad)
+    else:
+        torch.save(bad, str(path))
+    before = None if bad == "directory" else path.read_bytes()
+    with pytest.raises(SystemExit) as error:
+        torchrun_ddp.load_snapshot(args, model.module, optimizer)
+    says = capfd.readouterr().err
+    assert error.value.code == 1
+    lines = [line for line in says.splitlines() if "cannot resume" in line]
+    assert len(lines) == 1 and f"cannot resume from {path}: " in lines[0]
+    assert reason in lines[0]
+    assert before is None or path.read_bytes() == before
+    assert os.listdir(str(tmp_path)) == ["snapshot.pt"]  # nothing was executed
+
+
+def test_under_torchrun_a_bad_snapshot_is_named_once(finish, folder):
+    (folder / "snapshot.pt").write_bytes(b"garbage")
+    run = finish(SCRIPTS["torchrun"], "--snapshot_path snapshot.pt", code=1)
+    assert run.stderr.count("cannot resume from snapshot.pt: ") == 1
+    assert (folder / "snapshot.pt").read_bytes() == b"garbage"
+    assert "epoch" not in run.stdout and "closed by peer" not in run.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("cannot mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_file(args, small_disk):
+    model, optimizer = trained()
+    args.snapshot_path = str(small_disk / "snapshot.pt")
+    torchrun_ddp.save_snapshot(args, model, optimizer, 1, 0)
+    with open(str(small_disk / "filler"), "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 512)
+        except OSError:
+            pass
+    with pytest.raises((OSError, RuntimeError)):
+        torchrun_ddp.save_snapshot(args, model, optimizer, 2, 0)
+    assert load(args.snapshot_path)["epoch"] == 1
