@@ -62,6 +62,25 @@ def step(args):
     return ddp.measure_step(model, dataset, 0.02, args, torch.device("cpu"))
 
 
+def synchronisations(args):
+    """Return how often an epoch's gradients are synchronised."""
+    dataset = ddp.MyDataset(args.dataset_length, args.input_size, args.seed)
+    model = ddp.DistributedDataParallel(ddp.MyModel(args.input_size))
+    calls = []
+
+    def hook(_, bucket):
+        calls.append(bucket.index())
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    model.register_comm_hook(None, hook)
+    device, optimizer = torch.device("cpu"), ddp.make_optimizer(model, 0.01)
+    _, loader = ddp.make_loaders(dataset, len(dataset), 0, args, device)
+    place = dist.get_rank(), dist.get_world_size()
+    ddp.train_loop(model, loader, optimizer, device, args, 0, *place)
+    return len(calls)
+
+
 STORE, count = [], iter(range(1000))
 
 

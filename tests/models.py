@@ -208,6 +208,14 @@ class TwiceDividedDDP(DistributedDataParallel):
         return work.get_future().then(lambda future: future.value()[0])
 
 
+class CyclicDDP(DistributedDataParallel):
+    """In a reference cycle, which only the garbage collector frees."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        vars(self)["cycle"] = self
+
+
 class SlowDDP(DistributedDataParallel):
     def forward(self, *inputs):
         time.sleep(0.01)

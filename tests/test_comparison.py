@@ -124,6 +124,12 @@ def test_the_check_changes_no_training(run_cases):
     assert results[::2] == results[1::2]
 
 
+def test_gradients_are_synchronised_once_per_optimizer_step(run_cases):
+    flags = "--dataset_length 161 --batch_size 8 --grad_accum_steps {}"
+    cases = [{"run": "synchronisations", "flags": flags.format(n)} for n in (1, 3, 20)]
+    assert [result for _, result in run_cases(2, cases)] == [11, 4, 1]
+
+
 def test_the_parts_of_a_step(run_cases):
     """What takes 30 ms and more shows up in the part where it is."""
     flags = "--dataset_length 2000 --batch_size 30"

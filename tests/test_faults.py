@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import SCRIPTS, epoch_lines
+from conftest import SCRIPTS, TORCHRUN, epoch_lines
 
 LONG = "--epochs 1000000 --dataset_length 2000"
 both = pytest.mark.parametrize("name", SCRIPTS)
@@ -92,6 +92,19 @@ def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, variant):
     assert "DDP is faster" in run.stdout
 
 
+def test_one_restart_is_enough(start, folder):
+    """The store of a static rendezvous survives it, with addresses of dead ranks."""
+    launch = "--nproc_per_node=2 --master_port=0 --max_restarts=1 torchrun_ddp.py"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        launch = launch.replace("port=0", f"port={server.getsockname()[1]}")
+    flags = "--epochs 60 --dataset_length 6000 --snapshot_path snapshot.pt --timeout 20"
+    run = start([*TORCHRUN, *launch.split()], flags)
+    run.wait_for("epoch 3/")
+    run.ranks()[1].kill()
+    assert run.wait() == 0, run.stderr
+    assert ", resuming" in run.stdout
+
+
 def test_two_runs_at_the_same_moment(start):
     runs = [start(SCRIPTS["ddp"], "--epochs 1") for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
@@ -107,8 +120,10 @@ def test_a_busy_port_is_torchruns_own_error(finish):
 
 
 @both
-def test_clean_exits(request, finish, folder, name):
+def test_clean_exits(request, finish, folder, variant, name):
     """No thread of Gloo is left at the end: it is what aborts a process now and then.
+
+    Not even if something refers to the DDP model until the garbage is collected.
 
     More: `pytest tests -k clean_exits --clean-exits 50`.
     """
@@ -125,8 +140,10 @@ atexit.register(record)
     if sys.platform == "linux":
         (folder / "sitecustomize.py").write_text(record)
     env = {"PYTHONPATH": str(folder)}
-    for _ in range(request.config.getoption("--clean-exits")):
-        run = finish(SCRIPTS[name], "--epochs 1 --dataset_length 1000", env=env)
+    cyclic = variant(name, "script.DistributedDataParallel = CyclicDDP")
+    commands = [cyclic] + [SCRIPTS[name]] * request.config.getoption("--clean-exits")
+    for command in commands:
+        run = finish(command, "--epochs 1 --dataset_length 1000", env=env)
         assert run.stderr == "" or "master_addr is" in run.stderr
     files = list(folder.glob("threads of *"))
     assert len(files) >= 2 or sys.platform != "linux"

@@ -28,7 +28,7 @@ def test_random_kills(request, start, finish, folder, reference):
         victims = choose.choice(["rank 0", "rank 1", "ranks", "agent", "everything"])
         path = folder / f"{number}.pt"
         # An orphan of the first seconds, while Python still imports, waits for a store
-        # that is gone: for --timeout.
+        # that is gone: for up to twice --timeout.
         flags += (
             f" --snapshot_path {path} --save_every {choose.randint(1, 9)} --timeout 9"
         )
@@ -46,7 +46,7 @@ def test_random_kills(request, start, finish, folder, reference):
             except psutil.NoSuchProcess:
                 pass  # it had ended by then
         code = run.wait(60)
-        assert run.all_gone(), f"{what}: {run.processes()}"
+        assert run.all_gone(40), f"{what}: {run.processes()}"
         if path.exists():
             load(path)  # readable, whatever happened
         if code != 0:
