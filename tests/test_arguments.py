@@ -1,6 +1,7 @@
 """Bad input is refused with exit code 2 and its reason, before anything is started."""
 
 import socket
+import sys
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_nothing_is_started(finish, folder, name):
     count = "import os\nwith open('starts', 'a') as file:\n    file.write('.')\n"
     (folder / "sitecustomize.py").write_text(count)
     (folder / ".env").write_text("MASTER_PORT=from-the-file\n")
-    command = SCRIPTS[name] if name == "ddp" else ["python", "torchrun_ddp.py"]
+    command = SCRIPTS[name] if name == "ddp" else [sys.executable, "torchrun_ddp.py"]
     run = finish(command, code=2, env={"PYTHONPATH": str(folder)})
     assert run.stdout == "" and "error: " in run.stderr.splitlines()[-1]
     assert (folder / "starts").read_text() == "."
