@@ -10,8 +10,9 @@ This starts the processes itself. They take turns: in every epoch, one of them t
 normally, then all of them with DDP, on the same samples in every step. They meet at
 MASTER_ADDR and MASTER_PORT, from the environment or a file .env.
 
-To check your own model, replace MyDataset and MyModel. Comments "DDP 1" to "DDP 9" mark
-all that makes ordinary training distributed. A rank is one process, or its number.
+To check your own model, replace MyDataset, MyModel and, in train_loop, the loss and the
+accuracy. Comments "DDP 1" to "DDP 9" mark the steps that make ordinary training
+distributed. A rank is one process, or its number.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the group: see DDP 9
+import torch.distributed.nn  # if imported later, it holds the group: see DDP 9
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -83,8 +84,8 @@ def main():
     runs = []
     try:
         for world_size in args.world_size:
-            # DDP 1: launch one process per device. They inherit that SIGINT is ignored:
-            # Ctrl-C reaches all processes, but only this one shall react, and end them.
+            # DDP 1: launch one process per device. They inherit an ignored SIGINT, as
+            # Ctrl-C reaches all processes: this one alone reacts, and ends the others.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             name = f"run {len(runs)}"  # of its part of the store
             arguments = (world_size, args, os.getpid(), store.host, store.port, name)
@@ -112,17 +113,18 @@ def main():
 
 def worker(rank, world_size, args, parent, host, port, name):
     """Run in each process: join the group, compare, leave."""
-    if sys.platform == "linux":  # be killed when the parent is, or this would train on
+    if sys.platform == "linux":  # die with the parent, instead of training on alone
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if os.getppid() != parent:  # it was killed before that
+    if os.getppid() != parent:  # the parent died first
         sys.exit(1)
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, in log files too
+    sys.stdout.reconfigure(
+        line_buffering=True
+    )  # write each line at once, even to a file
     torch.set_num_threads(max(1, args.cores // world_size))
-    # DDP 2: own a device, then join the others. They meet in the parent's store.
+    # DDP 2: take a device, then join the others. They meet in the parent's store.
     device = choose_device(rank)
     timeout = timedelta(seconds=args.timeout)
-    store = dist.TCPStore(host, port, timeout=timeout)
-    store = dist.PrefixStore(name, store)
+    store = dist.PrefixStore(name, dist.TCPStore(host, port, timeout=timeout))
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     dist.init_process_group(args.backend, **group)
     compare(rank, world_size, args, device, store)
@@ -161,7 +163,8 @@ def compare(rank, world_size, args, device, store):
         if rank == 0:  # DDP 8: rank 0 alone reports
             normal_epochs.append(train_loop(*normal, device, args, epoch))
             print_epoch(f"{name}  normal", *normal_epochs[-1])
-        wait_for_rank_0(store, name)
+            store.set(name, "done")
+        store.wait([name], timedelta(days=20))  # until then; it takes no CPU
         ddp_epochs.append(train_loop(*ddp, device, args, epoch, rank, world_size))
         if rank == 0:
             print_epoch(f"{name}  DDP   ", *ddp_epochs[-1])
@@ -199,7 +202,7 @@ def train_loop(
     no_sync = getattr(model, "no_sync", nullcontext)  # only DDP has it
     batches, samples = len(loader), len(loader.sampler)  # of this rank
     step_size = args.grad_accum_steps * loader.batch_size
-    # Dropout differs between ranks and epochs, and is the same after a restart.
+    # Dropout differs by rank and epoch; a whole epoch that is repeated repeats it.
     torch.manual_seed(args.seed + epoch * world_size + rank)
     # Sums stay on the device: reading one, with .item(), waits for the GPU.
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device)
@@ -209,13 +212,13 @@ def train_loop(
     for batch, (inputs, labels) in enumerate(loader, start=1):
         inputs = inputs.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
-        # A step takes `grad_accum_steps` batches, the epoch's last step what is left.
+        # A step takes `grad_accum_steps` batches, the last step takes the rest.
         # Divide by the samples of the whole step: then each sample weighs the same.
         in_step = min(step_size, samples - seen // step_size * step_size)
         step_ends = batch % args.grad_accum_steps == 0 or batch == batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass as well, it
-        # does not: once per step is enough.
+        # averages nothing: once per step is enough.
         with nullcontext() if step_ends else no_sync():
             with autocast:
                 outputs = model(inputs)
@@ -231,10 +234,8 @@ def train_loop(
                 after_step(epoch, batch // args.grad_accum_steps, seen * world_size)
         if rank == 0 and time.perf_counter() - last_print > 5:
             last_print = time.perf_counter()
-            rate, mean = (
-                seen * world_size / (last_print - start),
-                loss_sum.item() / seen,
-            )
+            rate = seen * world_size / (last_print - start)
+            mean = loss_sum.item() / seen
             print(f"  batch {batch}/{batches}  loss {mean:.4f}  {rate:,.0f} samples/s")
     # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
     totals = torch.stack([loss_sum, correct, loss_sum.new_tensor(seen)])
@@ -258,19 +259,12 @@ def summarise(name, epochs):
     return dict(figures, loss=loss, accuracy=accuracy)
 
 
-def wait_for_rank_0(store, what):
-    """Return once rank 0 has called this, too. Takes no CPU, and has no time limit."""
-    if dist.get_rank() == 0:
-        store.set(what, "done")
-    store.wait([what], timedelta(days=20))
-
-
 def make_loaders(dataset, samples, num_workers, args, device):
-    """Return two loaders of the first `samples`: for normal training, and this rank's.
+    """Return two loaders of at most `samples`: for normal training, and this rank's.
 
     A batch of the first contains what all ranks have in theirs.
     """
-    indices, world_size = range(samples), dist.get_world_size()
+    indices, world_size = range(min(samples, len(dataset))), dist.get_world_size()
     ours = DistributedSampler(indices, seed=args.seed)
     everything = DistributedSampler(indices, num_replicas=1, rank=0, seed=args.seed)
     # If parts would be unequal, the samplers of the ranks repeat samples. Do the same.
@@ -284,17 +278,17 @@ def check_gradients(normal_model, ddp_model, dataset, args, device):
     """Compare the gradients of both models, with their first weights; return figures.
 
     (After training, even right weights differ: training amplifies rounding.) Takes two
-    whole optimizer steps and one like the last of an epoch; as in training, and without
-    BatchNorm and dropout, which cannot do the same on all ranks. Also warms up a GPU.
+    whole optimizer steps, if there are as many, and the epoch's incomplete one; without
+    BatchNorm and dropout, which differ by rank, then as in training. Warms up a GPU.
     """
     step = args.batch_size * args.grad_accum_steps * dist.get_world_size()
-    samples = min(len(dataset), 2 * step + len(dataset) % step)
+    samples = 2 * step + len(dataset) % step
     loaders = make_loaders(dataset, samples, 0, args, device)
     states = copy.deepcopy([normal_model.state_dict(), ddp_model.state_dict()])
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would round too much
     differences = []
-    for training in (False, True):  # in this order: BatchNorm changes in training
+    for training in (False, True):  # in this order: training changes BatchNorm
         # In evaluation mode, cuDNN has no backward pass for RNNs.
         with torch.backends.cudnn.flags(enabled=training, allow_tf32=False):
             normal = step_gradients(normal_model, loaders[0], training, args, device)
@@ -318,14 +312,16 @@ def check_gradients(normal_model, ddp_model, dataset, args, device):
         text = f"DDP is right: its gradients are normal training's ({difference:.0e})."
     elif without < limit:
         text = (
-            f"DDP is right: without {' and '.join(names) or 'dropout'}, its gradients are"
-            f" normal training's ({without:.0e}). With it, they differ ({difference:.0e}),"
-            " as expected: each rank has its own batch statistics and random numbers."
+            f"DDP is right: without {' and '.join(names) or 'dropout'}, its gradients"
+            f" are normal training's ({without:.0e}). With it, they differ, as expected:"
+            f" each rank has its own statistics and random numbers ({difference:.0e})."
         )
     if dist.get_rank() == 0:
         print(textwrap.fill(text, 80))
     figures = {"same_gradients": difference < limit, "gradient_difference": difference}
-    figures["right"] = difference < limit or without < limit
+    figures["right"] = math.isfinite(difference) and (
+        difference < limit or without < limit
+    )
     weights = [p for p in ddp_model.parameters() if p.requires_grad]
     figures["gradient_bytes"] = sum(p.numel() * p.element_size() for p in weights)
     return figures
@@ -357,14 +353,13 @@ def step_gradients(model, loader, training, args, device, rank=0, world_size=1):
 def measure_step(model, dataset, seconds, args, device):
     """Return where the time of a DDP step goes, in ms; afterwards, `model` is useless.
 
-    Times three loops, in turns: as in training; without synchronising; and in addition
-    without loading, with one batch that stays on the device. A step takes `seconds`.
+    Times three loops, in turns: as in training; without averaging gradients; and also
+    without loading, with one batch that stays on the device. `seconds`: of one step.
     """
     ranks = dist.get_rank(), dist.get_world_size()
     steps = [max(5, int(0.06 / seconds))]
     dist.broadcast_object_list(steps)  # rank 0's, for all
     samples = steps[0] * args.batch_size * args.grad_accum_steps * ranks[1]
-    samples = min(samples, len(dataset))
     _, loader = make_loaders(dataset, samples, args.num_workers, args, device)
     batch = [tensor.to(device) for tensor in next(iter(loader))]
 
@@ -413,7 +408,7 @@ def print_report(runs, args):
 def verdict(run, args):
     """Return in words what the figures show, why, and which flag would help."""
     n, speedup, (low, high) = run["world_size"], run["speedup"], run["speedup_range"]
-    how = "DDP makes no clear difference"
+    how = "DDP makes no clear difference" if low < high else "One epoch cannot tell"
     if low < high and (low > 1 and speedup > 1.1 or high < 1 and speedup < 0.9):
         how = "DDP is faster" if speedup > 1 else "DDP is slower"
     text = f"{how}: {speedup:.2f} times the speed of normal training"
@@ -450,7 +445,7 @@ def choose_device(local_rank):
 
 
 def choose_backend(backend, local_world_size, error):
-    """Return `backend` or, if it is None, NCCL if each process here can have a GPU."""
+    """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
     gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
     if backend == "nccl" and gpus == 0:
         error("--backend nccl needs a CUDA GPU; use --backend gloo")
@@ -458,7 +453,7 @@ def choose_backend(backend, local_world_size, error):
 
 
 def make_optimizer(model, learning_rate):
-    """Return Adam. From PyTorch 2.4 on, CPU and GPU have it fused, which is faster."""
+    """Return Adam, from PyTorch 2.4 on the fused one, which is faster."""
     fused = torch.__version__ >= "2.4"  # compares versions, not strings
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
@@ -484,7 +479,7 @@ def collate(batch):
 def open_store(error):
     """Return the store where the ranks meet, at MASTER_ADDR and MASTER_PORT.
 
-    Without MASTER_PORT, at any free port. If it is impossible, calls `error(message)`.
+    Without MASTER_PORT, at any free port. On failure, calls `error(message)`.
     """
     address = os.environ.get("MASTER_ADDR") or "localhost"
     port = os.environ.get("MASTER_PORT") or "0"
@@ -496,8 +491,8 @@ def open_store(error):
     host, port = server.getsockname()[:2]
     options = {"is_master": True, "wait_for_workers": False}
     try:
-        # With this socket, it listens at this address; with its own, at all of them.
-        # (PyTorch 2.6 cannot take one with libuv, its default.)
+        # Given this socket, the store listens at this address only. (In PyTorch 2.6,
+        # libuv, the default, cannot take one.)
         socket_options = {"master_listen_fd": server.fileno(), "use_libuv": False}
         store = dist.TCPStore(host, port, **options, **socket_options)
         server.detach()
@@ -537,24 +532,19 @@ def make_parser():
 
 
 def parse_args():
-    """Return the arguments and the store. Exits with code 2 if they make no sense."""
+    """Return the arguments and the store. Exits with code 2 if they are invalid."""
     parser, _ = make_parser()
-    gpus = torch.cuda.device_count()
-    add = parser.add_argument
+    count, add = torch.cuda.device_count() or 2, parser.add_argument
     help = "processes; several numbers are compared (default: one per GPU, or 2)"
-    add(
-        "--world_size", type=int, nargs="+", default=[gpus or 2], metavar="N", help=help
-    )
+    add("--world_size", type=int, nargs="+", default=[count], metavar="N", help=help)
     add("--json", metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args()
-    args.cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # Linux: what this container may use
-        args.cores = len(os.sched_getaffinity(0))
-    most = max(16, args.cores, gpus)
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+    args.cores = len(affinity(0))  # on Linux, those that this process may use
+    most = max(16, args.cores, count)
     if not all(1 <= n <= most for n in args.world_size):
         parser.error(f"--world_size must be from 1 to {most}")
-    processes = max(args.world_size)
-    args.backend = choose_backend(args.backend, processes, parser.error)
+    args.backend = choose_backend(args.backend, max(args.world_size), parser.error)
     if args.json:
         try:
             open(args.json, "a").close()

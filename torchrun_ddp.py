@@ -2,7 +2,7 @@ r"""Train with DistributedDataParallel (DDP). torchrun starts this file in each 
 
     torchrun --standalone --nproc_per_node=2 torchrun_ddp.py
 
-Take one process per GPU or, without GPUs, two. On two machines with 8 GPUs each, run
+Use one process per GPU or, without GPUs, two. On two machines with 8 GPUs each, run
 this on the first, whose address is 10.0.0.1, and with --node_rank=1 on the second:
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
@@ -26,7 +26,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the group: see DDP 9
+import torch.distributed.nn  # if imported later, it holds the group: see DDP 9
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -68,11 +68,13 @@ class MyModel(nn.Module):
 @record  # torchrun's report then contains the error of a rank that failed
 def main():
     # DDP 1: launch. torchrun runs this in every process that it starts.
-    if sys.platform == "linux":  # be killed when torchrun is, or this would train on
+    if sys.platform == "linux":  # die with torchrun, instead of training on alone
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, in log files too
+    sys.stdout.reconfigure(
+        line_buffering=True
+    )  # write each line at once, even to a file
     args = parse_args()
-    # DDP 2: own a device, then join the others. (Local rank: the rank on this machine.)
+    # DDP 2: take a device, then join the others. (Local rank: rank on this machine.)
     device = choose_device(int(os.environ["LOCAL_RANK"]))
     if os.environ["LOCAL_RANK"] == "0":
         count = "{LOCAL_WORLD_SIZE} of {WORLD_SIZE} processes".format(**os.environ)
@@ -99,7 +101,7 @@ def train(args, device):
 
     # DDP 4: shard. Each rank reads its own part of the dataset.
     sampler = ResumableSampler(dataset, seed=args.seed)
-    sampler.start = done // world_size  # where the interrupted epoch goes on
+    sampler.start = done // world_size  # where the epoch resumes
     loader = make_loader(dataset, sampler, args.batch_size, args.num_workers, device)
 
     def after_step(epoch, step, samples):
@@ -114,7 +116,7 @@ def train(args, device):
         loss, accuracy, samples, seconds = train_loop(
             model, loader, optimizer, device, args, epoch, rank, world_size, after_step
         )
-        sampler.start = 0  # all other epochs are whole
+        sampler.start = 0  # later epochs are whole
         if rank == 0:  # DDP 8: rank 0 alone reports and saves
             print(
                 f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}"
@@ -141,7 +143,7 @@ def train_loop(
     no_sync = getattr(model, "no_sync", nullcontext)  # only DDP has it
     batches, samples = len(loader), len(loader.sampler)  # of this rank
     step_size = args.grad_accum_steps * loader.batch_size
-    # Dropout differs between ranks and epochs, and is the same after a restart.
+    # Dropout differs by rank and epoch; a whole epoch that is repeated repeats it.
     torch.manual_seed(args.seed + epoch * world_size + rank)
     # Sums stay on the device: reading one, with .item(), waits for the GPU.
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device)
@@ -151,13 +153,13 @@ def train_loop(
     for batch, (inputs, labels) in enumerate(loader, start=1):
         inputs = inputs.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
-        # A step takes `grad_accum_steps` batches, the epoch's last step what is left.
+        # A step takes `grad_accum_steps` batches, the last step takes the rest.
         # Divide by the samples of the whole step: then each sample weighs the same.
         in_step = min(step_size, samples - seen // step_size * step_size)
         step_ends = batch % args.grad_accum_steps == 0 or batch == batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass as well, it
-        # does not: once per step is enough.
+        # averages nothing: once per step is enough.
         with nullcontext() if step_ends else no_sync():
             with autocast:
                 outputs = model(inputs)
@@ -173,10 +175,8 @@ def train_loop(
                 after_step(epoch, batch // args.grad_accum_steps, seen * world_size)
         if rank == 0 and time.perf_counter() - last_print > 5:
             last_print = time.perf_counter()
-            rate, mean = (
-                seen * world_size / (last_print - start),
-                loss_sum.item() / seen,
-            )
+            rate = seen * world_size / (last_print - start)
+            mean = loss_sum.item() / seen
             print(f"  batch {batch}/{batches}  loss {mean:.4f}  {rate:,.0f} samples/s")
     # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
     totals = torch.stack([loss_sum, correct, loss_sum.new_tensor(seen)])
@@ -196,7 +196,7 @@ def choose_device(local_rank):
 
 
 def choose_backend(backend, local_world_size, error):
-    """Return `backend` or, if it is None, NCCL if each process here can have a GPU."""
+    """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
     gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
     if backend == "nccl" and gpus == 0:
         error("--backend nccl needs a CUDA GPU; use --backend gloo")
@@ -204,7 +204,7 @@ def choose_backend(backend, local_world_size, error):
 
 
 def join(args):
-    """Join the process group. torchrun's environment variables say who and where."""
+    """Join the process group; torchrun's variables give rank and address."""
     timeout = timedelta(seconds=args.timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     # torchrun's store survives restarts, with addresses of dead ranks: use new keys.
@@ -215,7 +215,7 @@ def join(args):
 
 
 def make_optimizer(model, learning_rate):
-    """Return Adam. From PyTorch 2.4 on, CPU and GPU have it fused, which is faster."""
+    """Return Adam, from PyTorch 2.4 on the fused one, which is faster."""
     fused = torch.__version__ >= "2.4"  # compares versions, not strings
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
@@ -251,12 +251,13 @@ class ResumableSampler(DistributedSampler):
 
 
 def save_snapshot(args, model, optimizer, epoch, samples):
-    """Save, after `epoch` epochs and `samples` samples (of all ranks) of the next."""
+    """Save the state after `epoch` epochs and `samples` more samples, of all ranks."""
     may_change = "epochs num_workers backend timeout snapshot_path save_every"
     settings = {k: v for k, v in vars(args).items() if k not in may_change.split()}
     snapshot = {"epoch": epoch, "samples": samples, "settings": settings}
     snapshot["model"] = model.module.state_dict()  # without DDP's "module." in the keys
     snapshot["optimizer"] = optimizer.state_dict()
+    os.makedirs(os.path.dirname(os.path.abspath(args.snapshot_path)), exist_ok=True)
     # A crash at any moment leaves a whole file, the old one or the new one.
     with open(args.snapshot_path + ".tmp", "wb") as file:
         torch.save(snapshot, file)

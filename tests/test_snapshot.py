@@ -67,7 +67,7 @@ class Evil:
     [
         (b"garbage" * 100, ""),
         (b"", "EOFError"),
-        (pickle.dumps(Evil()), "UnpicklingError"),
+        (pickle.dumps(Evil(), protocol=2), "UnpicklingError"),
         ("truncated", ""),
         ("directory", "IsADirectoryError"),
         ({"weight": torch.ones(2)}, "KeyError('settings')"),
