@@ -313,8 +313,8 @@ def check_gradients(normal_model, ddp_model, dataset, args, device):
     elif without < limit:
         text = (
             f"DDP is right: without {' and '.join(names) or 'dropout'}, its gradients"
-            f" are normal training's ({without:.0e}). With it, they differ, as expected:"
-            f" each rank has its own statistics and random numbers ({difference:.0e})."
+            f" are normal training's ({without:.0e}). With it ({difference:.0e}), they"
+            " differ as expected: each rank has its own statistics and random numbers."
         )
     if dist.get_rank() == 0:
         print(textwrap.fill(text, 80))
