@@ -136,14 +136,3 @@ def test_another_model_and_dataset(finish, variant, name, workers):
     assert losses[-1] < losses[0] / 2, run.stdout
     if name == "ddp":
         assert "DDP is right: without BatchNorm2d" in " ".join(run.stdout.split())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_under_every_start_method(finish, folder, method):
-    """Fork, PyTorch's default on Linux up to Python 3.13, is what the others test."""
-    start = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
-    (folder / "sitecustomize.py").write_text(start)
-    env = {"PYTHONPATH": str(folder)}
-    run = finish(SCRIPTS["torchrun"], "--epochs 2 --num_workers 1", env=env)
-    assert len(epoch_lines(run.stdout)) == 2

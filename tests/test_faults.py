@@ -110,15 +110,6 @@ def test_two_runs_at_the_same_moment(start):
     assert [run.wait() for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
 
 
-def test_a_busy_port_is_torchruns_own_error(finish):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        command = [*SCRIPTS["torchrun"][:-3], "--nproc_per_node=2"]
-        command += [f"--master_port={port}", "torchrun_ddp.py"]
-        run = finish(command, code=1)
-    assert "address already in use" in run.stderr.lower()
-
-
 @both
 def test_clean_exits(request, finish, folder, variant, name):
     """No thread of Gloo is left at the end: it is what aborts a process now and then.

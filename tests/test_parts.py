@@ -22,10 +22,12 @@ def two_gpus(monkeypatch):
     return owned
 
 
-def test_a_rank_owns_a_gpu_before_it_is_used(two_gpus):
+def test_a_rank_owns_a_gpu_before_it_is_used(two_gpus, monkeypatch):
     devices = [ddp.choose_device(local_rank) for local_rank in range(3)]
     assert [str(device) for device in devices] == ["cuda:0", "cuda:1", "cuda:0"]
     assert two_gpus == devices
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(ddp.choose_device(1)) == "cpu"
 
 
 def test_nccl_where_each_rank_has_a_gpu_to_itself(two_gpus, monkeypatch):
@@ -35,11 +37,6 @@ def test_nccl_where_each_rank_has_a_gpu_to_itself(two_gpus, monkeypatch):
     assert ddp.choose_backend("nccl", 3, pytest.fail) == "nccl"  # NCCL says if not
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert ddp.choose_backend(None, 1, pytest.fail) == "gloo"
-
-
-def test_without_a_gpu_it_is_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert str(ddp.choose_device(1)) == "cpu"
 
 
 def test_a_dataset_of_single_samples_and_one_of_batches_are_read_alike():
