@@ -37,7 +37,7 @@ def insert(path, before, text):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_edits_train_a_network_on_digits(finish, folder, name):
-    classes, evaluate, call = blocks("python")
+    classes, evaluate = blocks("python")
     script = folder / SCRIPTS[name][-1]
     source = script.read_text()
     for part in re.split(r"\n\n\n?(?=class)", classes.strip()):
@@ -47,7 +47,9 @@ def test_the_edits_train_a_network_on_digits(finish, folder, name):
     script.write_text(source)
     if name == "torchrun":
         insert(script, "def train(args, device):\n", evaluate + "\n\n")
-        insert(script, '    if rank == 0:\n        print(f"DDP training time', call)
+        (call,) = re.findall(r"`(evaluate\(.*?\))`", README)
+        end = '    if rank == 0:\n        print(f"DDP training time'
+        insert(script, end, f"    {call}\n")
     run = finish(SCRIPTS[name], "--epochs 10 --learning_rate 0.003")
     assert epoch_lines(run.stdout)[-1][1] > 97, run.stdout
     if name == "torchrun":
@@ -61,7 +63,6 @@ def test_the_edits_train_a_network_on_digits(finish, folder, name):
 
 
 def test_a_regression(finish, variant):
-    """Another loss; the edits of the README's "Loss" are in the class."""
     code = """
 class Answers(Samples):
     def __getitem__(self, index):
