@@ -48,8 +48,7 @@ def test_the_edits_train_a_network_on_digits(finish, folder, name):
     if name == "torchrun":
         insert(script, "def train(args, device):\n", evaluate + "\n\n")
         (call,) = re.findall(r"`(evaluate\(.*?\))`", README)
-        end = '    if rank == 0:\n        print(f"DDP training time'
-        insert(script, end, f"    {call}\n")
+        insert(script, '    if rank == 0:\n        print(f"DDP', f"    {call}\n")
     run = finish(SCRIPTS[name], "--epochs 10 --learning_rate 0.003")
     assert epoch_lines(run.stdout)[-1][1] > 97, run.stdout
     if name == "torchrun":
