@@ -8,6 +8,7 @@ prints a line of JSON for each case: what the function returned.
 """
 
 import contextlib
+import gc
 import json
 import sys
 
@@ -107,6 +108,8 @@ def worker(rank, world_size, port, cases):
             result = run(args)
         if rank == 0:
             print(json.dumps(result), flush=True)
+    STORE.clear()
+    gc.collect()
     dist.destroy_process_group()
 
 
