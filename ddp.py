@@ -117,9 +117,7 @@ def worker(rank, world_size, args, parent, host, port, name):
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != parent:  # the parent died first
         sys.exit(1)
-    sys.stdout.reconfigure(
-        line_buffering=True
-    )  # write each line at once, even to a file
+    sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
     torch.set_num_threads(max(1, args.cores // world_size))
     # DDP 2: take a device, then join the others. They meet in the parent's store.
     device = choose_device(rank)

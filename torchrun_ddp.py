@@ -70,9 +70,7 @@ def main():
     # DDP 1: launch. torchrun runs this in every process that it starts.
     if sys.platform == "linux":  # die with torchrun, instead of training on alone
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    sys.stdout.reconfigure(
-        line_buffering=True
-    )  # write each line at once, even to a file
+    sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
     args = parse_args()
     # DDP 2: take a device, then join the others. (Local rank: rank on this machine.)
     device = choose_device(int(os.environ["LOCAL_RANK"]))
