@@ -6,13 +6,18 @@ process per GPU or, without GPUs, two that share the CPU; or compare several num
     python ddp.py
     python ddp.py --world_size 1 2 --batch_size 128
 
-This starts the processes itself. They take turns: in every epoch, one of them trains
-normally, then all of them with DDP, on the same samples in every step. They meet at
-MASTER_ADDR and MASTER_PORT, from the environment or a file .env.
+This starts the processes itself. They take turns. In every epoch, one of them trains
+normally, as with one device: it takes the batches of all ranks, one after the other, and
+accumulates their gradients. Then all train the same steps with DDP, each rank on its own
+batches. They meet at MASTER_ADDR and MASTER_PORT, from the environment or a file .env.
 
-To check your own model, replace MyDataset, MyModel and, in train_loop, the loss and the
-accuracy. Comments "DDP 1" to "DDP 9" mark the steps that make ordinary training
-distributed. A rank is one process, or its number.
+To check your own model, replace MyDataset, MyModel and compute_loss (and collate, where
+samples cannot simply be stacked). Nothing else in this file looks into a batch.
+
+A rank is one process, or its number; the world size is their number. A collective is a
+call by which ranks exchange data: every rank must make it, or the others hang. Comments
+"DDP 1" to "DDP 9" mark the steps that make ordinary training distributed, in the order
+of time: the last, DDP 9, is at the end of worker.
 """
 
 import argparse
@@ -22,7 +27,7 @@ import gc
 import json
 import math
 import os
-import re
+import random
 import signal
 import socket
 import statistics
@@ -30,24 +35,25 @@ import sys
 import textwrap
 import time
 from array import array
+from collections import namedtuple
 from contextlib import nullcontext, redirect_stdout
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # if imported later, it holds the group: see DDP 9
+import torch.distributed.nn  # DDP would import it later: then the group stays, see DDP 9
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 
 class MyDataset(Dataset):
-    """Random inputs of shape (size,) and labels 0 or 1, made from a seed."""
+    """Random inputs of shape (size,) and labels 0 or 1; others for validation."""
 
-    def __init__(self, length, size, seed=0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, length, size, seed=0, train=True):
+        generator = torch.Generator().manual_seed(2 * seed + train)
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
 
@@ -58,7 +64,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch, as a tuple. Optional: much faster for data in memory."""
+        """Return a batch. Optional: for data in memory, much faster than one by one."""
         # From a list, torch.tensor(indices) would be slower than the rest of the read.
         rows = torch.frombuffer(array("q", indices), dtype=torch.int64)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
@@ -75,15 +81,36 @@ class MyModel(nn.Module):
         return self.linear(inputs)
 
 
+def compute_loss(model, batch):
+    """Return the mean loss of a batch, its number of samples and how many are right.
+
+    The number is an int and counts samples, not tokens. The others stay on the device,
+    without .item(). In place of the last, any sum over the samples will do.
+    """
+    inputs, labels = batch
+    outputs = model(inputs)
+    loss = nn.functional.cross_entropy(outputs, labels)
+    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+
+
+def collate(samples):
+    """Return a batch: stack samples, or take what __getitems__ returned as it is."""
+    if isinstance(samples, list):
+        return torch.utils.data.default_collate(samples)
+    return samples
+
+
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that "finally" runs
     load_dotenv()
-    args, store = parse_args()
+    args, backends, store = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"PyTorch {torch.__version__} on {device} with {args.backend}", flush=True)
+    names = " and ".join(dict.fromkeys(backends))
+    print(f"PyTorch {torch.__version__} on {device} with {names}", flush=True)
     runs = []
     try:
-        for world_size in args.world_size:
+        for world_size, backend in zip(args.world_size, backends):
+            args.backend = backend
             # DDP 1: launch one process per device. They inherit an ignored SIGINT, as
             # Ctrl-C reaches all processes: this one alone reacts, and ends the others.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -101,14 +128,16 @@ def main():
     finally:
         for process in mp.active_children():
             process.kill()
-    print_report(runs, args)
+    if len(runs) > 1:
+        print_table(runs)
     if args.json:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         figures = {**vars(args), **versions, "device": device, "runs": runs}
-        text = json.dumps(figures, indent=1)
+        # JSON has neither NaN nor Infinity: write null.
+        figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
         with open(args.json, "w") as file:
-            file.write(re.sub("NaN|-?Infinity", "null", text))  # JSON has neither
-    sys.exit(0 if all(run["right"] for run in runs) else 1)
+            json.dump(figures, file, indent=1)
+    sys.exit(1 if any(run["same_gradients"] is False for run in runs) else 0)
 
 
 def worker(rank, world_size, args, parent, host, port, name):
@@ -123,6 +152,9 @@ def worker(rank, world_size, args, parent, host, port, name):
     device = choose_device(rank)
     timeout = timedelta(seconds=args.timeout)
     store = dist.PrefixStore(name, dist.TCPStore(host, port, timeout=timeout))
+    if rank == 0:  # all compute in what rank 0 chooses: other GPUs may choose otherwise
+        store.set("precision", choose_precision(args.amp, device))
+    args.precision = store.get("precision").decode()
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     dist.init_process_group(args.backend, **group)
     compare(rank, world_size, args, device, store)
@@ -139,298 +171,475 @@ def compare(rank, world_size, args, device, store):
     torch.manual_seed(args.seed)
     dataset = MyDataset(args.dataset_length, args.input_size, args.seed)
     model = MyModel(args.input_size).to(device)
-    normal_model = copy.deepcopy(model)
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        dist.destroy_process_group()
+        reason = "SyncBatchNorm needs all ranks, but rank 0 trains normally alone"
+        sys.exit(f"{reason}: compare with BatchNorm" if rank == 0 else 1)
     ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    batch, threads = args.batch_size * world_size, torch.get_num_threads()
+    normal_model = None
     if rank == 0:
-        print(f"\nworld size {world_size}, global batch {batch}, CPU threads {threads}")
-    figures = check_gradients(normal_model, ddp_model, dataset, args, device)
+        torch.manual_seed(args.seed)
+        normal_model = MyModel(args.input_size).to(
+            device
+        )  # not all models can be copied
+        normal_model.load_state_dict(model.state_dict())
+        print_head(args, world_size)
+    figures = check(normal_model, ddp_model, dataset, args, device, store)
 
-    # DDP 4: shard. Each rank reads its own part of the dataset; normal training, all.
-    loaders = make_loaders(dataset, len(dataset), args.num_workers, args, device)
-    normal = normal_model, loaders[0], make_optimizer(normal_model, args.learning_rate)
-    ddp = ddp_model, loaders[1], make_optimizer(ddp_model, args.learning_rate)
-    for loader in loaders[rank > 0 :]:  # rank 0 alone trains normally
-        next(iter(loader))  # starts the workers, if any: now, not in a timed epoch
+    # DDP 4: shard. Each rank reads its own part of the dataset. DistributedSampler makes
+    # the parts equal: it repeats a few samples. Normal training reads the parts of all.
+    normal_loader, loader = make_loaders(dataset, len(dataset), args, device)
+    if rank == 0:
+        normal = prepare(normal_model, normal_loader, device, of_all_ranks(args))
+    ddp = prepare(ddp_model, loader, device, args)
     normal_epochs, ddp_epochs = [], []  # what train_loop returned
     for epoch in range(args.epochs):
-        for loader in loaders:
-            loader.sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all have one order
+        for sampler in (
+            loader.batch_sampler.sampler,
+            normal_loader.batch_sampler.sampler,
+        ):
+            sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs have one order
         # DDP 6 and 7, synchronise and measure globally, are in train_loop.
-        name = f"epoch {epoch + 1}/{args.epochs}"
-        if rank == 0:  # DDP 8: rank 0 alone reports
-            normal_epochs.append(train_loop(*normal, device, args, epoch))
-            print_epoch(f"{name}  normal", *normal_epochs[-1])
-            store.set(name, "done")
-        store.wait([name], timedelta(days=20))  # until then; it takes no CPU
-        ddp_epochs.append(train_loop(*ddp, device, args, epoch, rank, world_size))
         if rank == 0:
-            print_epoch(f"{name}  DDP   ", *ddp_epochs[-1])
-
-    weights = zip(normal_model.state_dict().values(), model.state_dict().values())
-    differences = [(a.double() - b.double()).abs().max().item() for a, b in weights]
-    steps = args.epochs * math.ceil(len(loaders[1]) / args.grad_accum_steps)
-    step_seconds = sum(seconds for *_, seconds in ddp_epochs) / steps
-    step_ms = measure_step(ddp_model, dataset, step_seconds, args, device)
+            torch.manual_seed(args.seed + epoch)  # for dropout and augmentation
+            normal_epochs.append(train_loop(*normal))
+        wait_for_rank_0(store, f"epoch {epoch}")
+        torch.manual_seed(args.seed + epoch * world_size + rank)
+        ddp_epochs.append(train_loop(*ddp))
+        if rank == 0:  # DDP 8: rank 0 alone prints
+            print_epochs(epoch, args.epochs, normal_epochs[-1], ddp_epochs[-1])
     if rank == 0:
-        figures.update(world_size=world_size, global_batch_size=batch)
-        figures["normal"] = summarise("Normal", normal_epochs)
-        figures["ddp"] = summarise("DDP", ddp_epochs)
-        speedup = figures["normal"]["seconds"] / figures["ddp"]["seconds"]
-        ratios = [one[3] / other[3] for one, other in zip(normal_epochs, ddp_epochs)]
-        figures.update(speedup=speedup, speedup_range=[min(ratios), max(ratios)])
-        figures.update(efficiency=speedup / world_size, ddp_step_ms=step_ms)
-        figures["normal_step_ms"] = figures["normal"]["seconds"] / steps * 1000
+        weights = zip(normal_model.state_dict().values(), model.state_dict().values())
+        differences = [(a.double() - b.double()).abs().max().item() for a, b in weights]
         figures["max_weight_difference"] = max(differences)
+    steps = args.epochs * math.ceil(len(loader) / args.grad_accum_steps)
+    step_ms = sum(result.seconds for result in ddp_epochs) / steps * 1000
+    parts = measure_step(ddp_model, dataset, step_ms, args, device)
+    if rank == 0:
+        # As shares of a step in the training above, so that all figures agree.
+        scale = step_ms / sum(parts.values())
+        figures["ddp_step_ms"] = {name: ms * scale for name, ms in parts.items()}
+        figures["normal_step_ms"] = sum(r.seconds for r in normal_epochs) / steps * 1000
+        figures.update(summarise(normal_epochs, ddp_epochs, args, world_size))
+        print_report(figures, args)
         store.set("figures", json.dumps(figures))
 
 
-def train_loop(
-    model, loader, optimizer, device, args, epoch, rank=0, world_size=1, after_step=None
-):
+def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
     """Train one epoch. Without DDP around `model`, this is ordinary training.
 
-    After each optimizer step but the last, calls `after_step(epoch, steps, samples)`,
-    those done so far. Returns the mean loss, the accuracy (0 to 1) and the number of
-    samples, all of these over all ranks, and the seconds that it took.
+    A step takes `batch_size` x `grad_accum_steps` samples of each rank: together, the
+    global batch, to which the learning rate has to fit. After each step but the last,
+    calls `after_step(steps, samples)` with the numbers done so far, of all ranks.
     """
-    autocast = nullcontext()
-    if args.amp:
-        autocast = torch.autocast(device.type, torch.bfloat16)
     no_sync = getattr(model, "no_sync", nullcontext)  # only DDP has it
-    batches, samples = len(loader), len(loader.sampler)  # of this rank
-    step_size = args.grad_accum_steps * loader.batch_size
-    # Dropout differs by rank and epoch; a whole epoch that is repeated repeats it.
-    torch.manual_seed(args.seed + epoch * world_size + rank)
+    world_size = 1 if no_sync is nullcontext else dist.get_world_size()
+    autocast = make_autocast(args.precision, device)
+    batches, accum = len(loader), args.grad_accum_steps
+    batch_size = loader.batch_sampler.batch_size
+    length = len(loader.batch_sampler.sampler)  # samples of this rank
     # Sums stay on the device: reading one, with .item(), waits for the GPU.
-    loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device)
-    seen = 0
+    loss_sum, right_sum = torch.zeros(2, dtype=torch.float64, device=device)
+    done = 0
     model.train()
-    start = last_print = time.perf_counter()
-    for batch, (inputs, labels) in enumerate(loader, start=1):
-        inputs = inputs.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        # A step takes `grad_accum_steps` batches, the last step takes the rest.
-        # Divide by the samples of the whole step: then each sample weighs the same.
-        in_step = min(step_size, samples - seen // step_size * step_size)
-        step_ends = batch % args.grad_accum_steps == 0 or batch == batches
+    begin = last_print = time.perf_counter()
+    for number, batch in enumerate(loader):
+        if number % accum == 0:
+            # A step begins. How many samples will it have? An epoch's last has the rest.
+            step_samples = min(accum * batch_size, length - number * batch_size)
+        step_ends = (number + 1) % accum == 0 or number + 1 == batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass as well, it
         # averages nothing: once per step is enough.
         with nullcontext() if step_ends else no_sync():
             with autocast:
-                outputs = model(inputs)
-            loss = nn.functional.cross_entropy(outputs.float(), labels)
-            (loss * (len(labels) / in_step)).backward()
-        seen += len(labels)
-        loss_sum.add_(loss.detach(), alpha=len(labels))
-        correct += (outputs.argmax(dim=1) == labels).sum()
+                loss, count, right = compute_loss(model, to_device(batch, device))
+            assert count <= batch_size, "compute_loss must count samples, not tokens"
+            # With this factor, each sample of the step weighs the same.
+            scaler.scale(loss * (count / step_samples)).backward()
+        done += count
+        loss_sum.add_(loss.detach(), alpha=count)
+        right_sum += right
         if step_ends:
-            optimizer.step()  # with the same gradients on all ranks
+            scaler.unscale_(optimizer)  # after this, gradients can be clipped
+            scaler.step(optimizer)  # with the same gradients on all ranks
+            scaler.update()
             optimizer.zero_grad()
-            if after_step and batch < batches:
-                after_step(epoch, batch // args.grad_accum_steps, seen * world_size)
-        if rank == 0 and time.perf_counter() - last_print > 5:
+            if after_step and number + 1 < batches:
+                after_step((number + 1) // accum, done * world_size)
+        if time.perf_counter() - last_print > 5 and dist.get_rank() == 0:
             last_print = time.perf_counter()
-            rate = seen * world_size / (last_print - start)
-            mean = loss_sum.item() / seen
-            print(f"  batch {batch}/{batches}  loss {mean:.4f}  {rate:,.0f} samples/s")
+            rate = format_rate(done * world_size, last_print - begin)
+            loss = loss_sum.item() / done
+            print(f"  batch {number + 1}/{batches}  loss {loss:.4f}  {rate} samples/s")
+    assert done == length, f"compute_loss counted {done} samples instead of {length}"
     # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
-    totals = torch.stack([loss_sum, correct, loss_sum.new_tensor(seen)])
+    totals = torch.stack([loss_sum, right_sum, loss_sum.new_tensor(done)])
     if world_size > 1:
         dist.all_reduce(totals)  # each rank now has the sum over all ranks
-    loss_sum, correct, seen = totals.tolist()
-    return loss_sum / seen, correct / seen, int(seen), time.perf_counter() - start
+    loss_sum, right_sum, done = totals.tolist()
+    seconds = time.perf_counter() - begin
+    return EpochResult(loss_sum / done, right_sum / done, int(done), seconds)
 
 
-def print_epoch(name, loss, accuracy, samples, seconds):
-    rate = f"{samples / seconds:,.0f} samples/s"
-    print(f"{name}  loss {loss:.4f}  accuracy {accuracy:.1%}  {rate:>21}")
+EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")  # of all ranks
 
 
-def summarise(name, epochs):
-    """Print how long a training took; return its figures."""
-    loss, accuracy, _, _ = epochs[-1]
-    _, _, samples, seconds = map(sum, zip(*epochs))
-    print(f"{name} training time: {seconds:.2f} seconds")
-    figures = {"seconds": seconds, "samples_per_second": samples / seconds}
-    return dict(figures, loss=loss, accuracy=accuracy)
-
-
-def make_loaders(dataset, samples, num_workers, args, device):
-    """Return two loaders of at most `samples`: for normal training, and this rank's.
-
-    A batch of the first contains what all ranks have in theirs.
-    """
-    indices, world_size = range(min(samples, len(dataset))), dist.get_world_size()
-    ours = DistributedSampler(indices, seed=args.seed)
-    everything = DistributedSampler(indices, num_replicas=1, rank=0, seed=args.seed)
-    # If parts would be unequal, the samplers of the ranks repeat samples. Do the same.
-    everything.num_samples = everything.total_size = ours.total_size
-    options, size = (num_workers, device), args.batch_size
-    normal_loader = make_loader(dataset, everything, size * world_size, *options)
-    return normal_loader, make_loader(dataset, ours, size, *options)
-
-
-def check_gradients(normal_model, ddp_model, dataset, args, device):
-    """Compare the gradients of both models, with their first weights; return figures.
-
-    (After training, even right weights differ: training amplifies rounding.) Takes two
-    whole optimizer steps, if there are as many, and the epoch's incomplete one; without
-    BatchNorm and dropout, which differ by rank, then as in training. Warms up a GPU.
-    """
-    step = args.batch_size * args.grad_accum_steps * dist.get_world_size()
-    samples = 2 * step + len(dataset) % step
-    loaders = make_loaders(dataset, samples, 0, args, device)
-    states = copy.deepcopy([normal_model.state_dict(), ddp_model.state_dict()])
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would round too much
-    differences = []
-    for training in (False, True):  # in this order: training changes BatchNorm
-        # In evaluation mode, cuDNN has no backward pass for RNNs.
-        with torch.backends.cudnn.flags(enabled=training, allow_tf32=False):
-            normal = step_gradients(normal_model, loaders[0], training, args, device)
-            ranks = dist.get_rank(), dist.get_world_size()
-            ddp = step_gradients(ddp_model, loaders[1], training, args, device, *ranks)
-        pairs = zip(normal, ddp)
-        relative = [(a - b).norm() / a.norm().clamp(min=1e-30) for a, b in pairs]
-        differences.append(torch.stack(relative).max().item())
-    torch.set_float32_matmul_precision(precision)
-    normal_model.load_state_dict(states[0])
-    ddp_model.load_state_dict(states[1])
-
-    limit = 0.2 if args.amp else 1e-4  # mistakes give much more
-    without, difference = differences
-    names = {type(module).__name__ for module in ddp_model.modules()}
-    names = sorted(n for n in names if "BatchNorm" in n or "Dropout" in n)
-    text = f"DDP is WRONG: gradients are not normal training's ({difference:.0e})."
-    if not math.isfinite(difference):
-        text = "The gradients are not finite: there is nothing to compare."
-    elif difference < limit:
-        text = f"DDP is right: its gradients are normal training's ({difference:.0e})."
-    elif without < limit:
-        text = (
-            f"DDP is right: without {' and '.join(names) or 'dropout'}, its gradients"
-            f" are normal training's ({without:.0e}). With it ({difference:.0e}), they"
-            " differ as expected: each rank has its own statistics and random numbers."
+def print_head(args, world_size):
+    batch = args.batch_size * args.grad_accum_steps * world_size
+    print(f"\nworld size {world_size}, global batch {batch:,}, {args.precision}")
+    if not torch.cuda.is_available():
+        threads = torch.get_num_threads()
+        print(
+            f"Each process stands for a device, with {threads} of {args.cores} cores."
         )
-    if dist.get_rank() == 0:
-        print(textwrap.fill(text, 80))
-    figures = {"same_gradients": difference < limit, "gradient_difference": difference}
-    figures["right"] = math.isfinite(difference) and (
-        difference < limit or without < limit
-    )
-    weights = [p for p in ddp_model.parameters() if p.requires_grad]
-    figures["gradient_bytes"] = sum(p.numel() * p.element_size() for p in weights)
-    return figures
 
 
-def step_gradients(model, loader, training, args, device, rank=0, world_size=1):
-    """Return the gradients of each optimizer step in an epoch, each as one vector.
+def change(args, **changes):
+    return argparse.Namespace(**{**vars(args), **changes})
 
-    `training` says in which mode the layers are. The learning rate is 0.
+
+def of_all_ranks(args):
+    """Return the arguments of normal training: it accumulates all ranks' batches."""
+    return change(args, grad_accum_steps=args.grad_accum_steps * dist.get_world_size())
+
+
+def make_loaders(dataset, length, args, device):
+    """Return two loaders of the first `length` samples: normal training's, this rank's.
+
+    The first takes all samples, and repeats those that the ranks' samplers repeat.
     """
-    gradients = []
-
-    def keep(*_):
-        parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        gradients.append(torch.cat(parts).float().cpu())
-
-    def set_mode(module, _):
-        module.train(training)
-
-    optimizer = make_optimizer(model, 0.0)
-    optimizer.register_step_pre_hook(keep)
-    hook = model.register_forward_pre_hook(set_mode)
-    with redirect_stdout(None):
-        train_loop(model, loader, optimizer, device, args, 0, rank, world_size)
-    hook.remove()
-    return gradients
+    ours = DistributedSampler(range(length), seed=args.seed)
+    everything = DistributedSampler(range(length), 1, 0, seed=args.seed)
+    everything.num_samples = everything.total_size = ours.total_size
+    batches = BatchesOfAllRanks(everything, args.batch_size, drop_last=False)
+    normal_loader = make_loader(dataset, batches, args, device)
+    batches = BatchSampler(ours, args.batch_size, drop_last=False)
+    return normal_loader, make_loader(dataset, batches, args, device)
 
 
-def measure_step(model, dataset, seconds, args, device):
+class BatchesOfAllRanks(BatchSampler):
+    """Rank 0's first batch, rank 1's first, and so on; then their second ones."""
+
+    def __iter__(self):
+        ranks, order = dist.get_world_size(), list(self.sampler)
+        for begin in range(0, len(order), ranks * self.batch_size):
+            batches = order[begin : begin + ranks * self.batch_size]
+            yield from (batches[rank::ranks] for rank in range(ranks))
+
+    def __len__(self):
+        ranks = dist.get_world_size()
+        return ranks * math.ceil(len(self.sampler) / ranks / self.batch_size)
+
+
+def prepare(model, loader, device, args):
+    """Return the arguments of train_loop; start what must not start in a timed epoch."""
+    next(iter(loader))  # the workers
+    tiny = nn.Linear(1, 1).to(device)  # the optimizer's kernels
+    tiny(torch.ones(1, 1, device=device)).sum().backward()
+    make_optimizer(tiny, args.learning_rate).step()
+    optimizer = make_optimizer(model, args.learning_rate)
+    return model, loader, optimizer, make_scaler(args.precision, device), device, args
+
+
+def wait_for_rank_0(store, name):
+    """Wait until rank 0 comes here. The store has no timeout, and takes no CPU time."""
+    if dist.get_rank() == 0:
+        store.set(name, "done")
+    store.wait([name], timedelta(days=20))
+
+
+def check(normal_model, ddp_model, dataset, args, device, store):
+    """Is DDP right? Print the answer; return figures. Nothing is trained or changed.
+
+    It compares gradients, with the first weights: of two optimizer steps and of one like
+    an epoch's last. (In training, rounding grows: even right weights become different.)
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    step = args.batch_size * args.grad_accum_steps * world_size
+    count = min(len(dataset), 2 * step + len(dataset) % step)
+    indices = [number * len(dataset) // count for number in range(count)]  # spread
+    args = change(args, num_workers=0)
+    normal_loader, loader = make_loaders(indices, count, args, device)
+    normal = normal_model, normal_loader, dataset, device, of_all_ranks(args)
+    expected = []
+
+    def difference(*training):
+        steps, differences = iter(expected), []
+        rehearse(
+            *training, lambda g: differences.append(distance(next(steps, None), g))
+        )
+        differences += [math.inf for _ in steps]  # if it takes too few steps
+        return torch.tensor(differences).max().item()  # NaN, if one is
+
+    if rank == 0:
+        rehearse(*normal, expected.append)
+    wait_for_rank_0(store, "check")
+    found = difference(ddp_model, loader, dataset, device, args)
+    if rank > 0:
+        return {}
+    weights = [p for p in ddp_model.parameters() if p.requires_grad]
+    limit = 1e-2 if device.type == "cuda" else 1e-4
+    if args.precision != "float32" or min(p.element_size() for p in weights) < 4:
+        limit = 2e-2
+    same, mixes = found < limit, mixes_samples(normal_model, dataset, args, device)
+    if same:
+        text = f"DDP is right: its gradients are normal training's ({found:.1g})."
+        if mixes:
+            text += (
+                " Samples of a batch affect each other, as with BatchNorm: so it does"
+            )
+            text += f" not train like one batch of {step:,}. See the README, Mixing."
+    elif math.isnan(found):
+        text = "The gradients are not finite: there is nothing to compare."
+    elif difference(*normal) >= limit:
+        same = None
+        text = "It cannot tell if DDP is right: normal training, repeated, has other"
+        text += " gradients. See the README, Not repeatable."
+    else:
+        text = f"DDP is WRONG: its gradients are not normal training's ({found:.1g})."
+        text += " See the README, Wrong."
+    print(textwrap.fill(text, 80))
+    size = sum(p.numel() * p.element_size() for p in weights)
+    figures = {"same_gradients": same, "gradient_difference": found}
+    return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
+
+
+def rehearse(model, loader, dataset, device, args, keep, training=True, seed=0):
+    """Call `keep` with the gradients of each step of train_loop; change nothing.
+
+    `loader` has indices of `dataset`. All can be repeated: random numbers depend on a
+    sample's index while it is read, and start anew for each batch (dropout); and what is
+    not trained (BatchNorm's statistics, frozen weights) has its first values then.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def not_trained():
+        named = [*model.named_buffers(), *model.named_parameters()]
+        return {name: value for name, value in named if not value.requires_grad}
+
+    first = {name: value.clone() for name, value in not_trained().items()}
+
+    def reset():
+        seed_generators(seed)
+        with torch.no_grad():
+            for name, value in not_trained().items():
+                value.copy_(first.get(name, value))
+
+    def read(indices):  # in place of collate
+        if hasattr(dataset, "__getitems__"):
+            seed_generators(indices[0] + seed)
+            samples = dataset.__getitems__(indices)
+        else:
+            samples = [seed_generators(index) or dataset[index] for index in indices]
+        seed_generators(seed)
+        batch = collate(samples)
+        model.train(training)
+        reset()
+        return batch
+
+    class StandIn:  # for the optimizer and for the scaler of its gradients
+        def scale(self, loss):
+            return loss * factor
+
+        def unscale_(self, _):
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.div_(factor)
+
+        def step(self, _):
+            keep(torch.cat([p.grad.flatten().cpu() for p in trained]))
+
+        def zero_grad(self):
+            for parameter in trained:
+                parameter.grad = None
+
+        update = zero_grad
+
+    # Backward passes of bfloat16 round: as DDP's do, before the division by the ranks.
+    factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
+    loader.collate_fn = read
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            with redirect_stdout(None):
+                train_loop(model, loader, StandIn(), StandIn(), device, args)
+        finally:
+            reset()
+            model.train()
+            StandIn().zero_grad()
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+
+
+def seed_generators(seed):
+    """Seed what draws random numbers; return None."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def distance(gradients, others):
+    """Return how far apart two vectors are, relative to the length of the first."""
+    if gradients is None:
+        return math.inf
+    return ((gradients - others).norm() / gradients.norm().clamp(min=1e-30)).item()
+
+
+def mixes_samples(model, dataset, args, device):
+    """Return whether the samples of a batch affect each other's gradients.
+
+    If so, several batches are not the same as a large one. None: it cannot be told.
+    """
+    if dist.get_world_size() == 1 or len(dataset) == 1:
+        return None
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    if any(isinstance(m, kinds) and m.training for m in model.train().modules()):
+        return True
+    count = min(len(dataset), max(2, min(args.batch_size, 16)))
+    indices = [number * len(dataset) // count for number in range(count)]
+    args = change(args, precision="float32", grad_accum_steps=2)
+
+    def gradients(batch_size, seed=0):
+        batches, kept = BatchSampler(range(count), batch_size, drop_last=False), []
+        loader = make_loader(indices, batches, args, device)
+        rehearse(model, loader, dataset, device, args, kept.append, False, seed)
+        return kept[0]
+
+    try:
+        whole = gradients(count)
+        if distance(whole, gradients(count, seed=1)) > 1e-3:
+            return None  # there are random numbers in evaluation mode, too
+        return distance(whole, gradients(count * 3 // 4)) > 1e-2  # in two batches
+    except Exception:  # noqa: BLE001, not every model has a loss in evaluation mode
+        return None
+
+
+def print_epochs(epoch, epochs, normal, ddp):
+    """Print a line with an epoch of both trainings, side by side."""
+    if epoch == 0:
+        print(f"{'':9}{'normal':>31}{'DDP':>31}")
+        print(f"{'epoch':>9}" + "     loss  accuracy   samples/s" * 2 + " speedup")
+    line = f"{f'{epoch + 1}/{epochs}':>9}"
+    for result in (normal, ddp):
+        rate = format_rate(result.samples, result.seconds)
+        line += f"{result.loss:9.4f}{result.accuracy:10.1%}{rate:>12}"
+    print(f"{line}{normal.seconds / ddp.seconds:8.2f}")
+
+
+class KeptBatches(list):
+    """In place of a loader: batches that are on the device already."""
+
+
+def measure_step(model, dataset, step_ms, args, device):
     """Return where the time of a DDP step goes, in ms; afterwards, `model` is useless.
 
     Times three loops, in turns: as in training; without averaging gradients; and also
-    without loading, with one batch that stays on the device. `seconds`: of one step.
+    without loading, with one batch that stays on the device. (`step_ms`: about that.)
     """
-    ranks = dist.get_rank(), dist.get_world_size()
-    steps = [max(5, int(0.06 / seconds))]
+    steps = [max(5, int(60 / step_ms))]
     dist.broadcast_object_list(steps)  # rank 0's, for all
-    samples = steps[0] * args.batch_size * args.grad_accum_steps * ranks[1]
-    _, loader = make_loaders(dataset, samples, args.num_workers, args, device)
-    batch = [tensor.to(device) for tensor in next(iter(loader))]
+    samples = steps[0] * args.batch_size * args.grad_accum_steps * dist.get_world_size()
+    loader = make_loaders(dataset, min(samples, len(dataset)), args, device)[1]
+    whole = prepare(model, loader, device, args)
+    kept = KeptBatches([to_device(next(iter(loader)), device)] * len(loader))
+    size = min(args.batch_size, len(loader.batch_sampler.sampler))
+    kept.batch_sampler = BatchSampler(range(size * len(loader)), size, drop_last=False)
 
-    class KeptBatch(list):  # in place of a loader
-        sampler, batch_size = loader.sampler, loader.batch_size
-
-    kept = KeptBatch([batch] * len(loader))
-    optimizer = make_optimizer(model, args.learning_rate)
-
-    def time_step(batches, context):
+    def seconds(loader, context):
         with context(), redirect_stdout(None):
-            result = train_loop(model, batches, optimizer, device, args, 0, *ranks)
-        return result[3] * 1000 / math.ceil(len(loader) / args.grad_accum_steps)
+            return train_loop(model, loader, *whole[2:]).seconds
 
     loops = (loader, nullcontext), (loader, model.no_sync), (kept, model.no_sync)
-    number = 6 if steps[0] > 5 else 3
-    rounds = [[time_step(*loop) for loop in loops] for _ in range(number)]
-    whole, local, compute = (statistics.median(ms) for ms in zip(*rounds[1:]))
+    rounds = [
+        [seconds(*loop) for loop in loops] for _ in range(6 if step_ms < 12 else 3)
+    ]
+    medians = [statistics.median(times) for times in zip(*rounds[1:])]
+    n = math.ceil(len(loader) / args.grad_accum_steps)
+    whole, local, compute = (median * 1000 / n for median in medians)
     local = min(local, whole)  # or noise could make a part negative
     compute = min(compute, local)
     return {"data": local - compute, "compute": compute, "sync": whole - local}
 
 
-def print_report(runs, args):
-    """Print a table with a line for each world size, then a section for each."""
-    print("\n world  global   normal      DDP          in single  of ideal       same")
-    print("  size   batch  seconds  seconds  speedup     epochs   speedup  gradients")
-    for run in runs:
-        low, high = run["speedup_range"]
-        same = "yes" if run["same_gradients"] else "see above" if run["right"] else "NO"
-        print(
-            f"{run['world_size']:6} {run['global_batch_size']:7,}"
-            f" {run['normal']['seconds']:8.2f} {run['ddp']['seconds']:8.2f}"
-            f" {run['speedup']:8.2f} {f'{low:.2f}-{high:.2f}':>10}"
-            f" {run['efficiency']:9.0%} {same:>10}"
-        )
-    for run in runs:
-        step, normal = sum(run["ddp_step_ms"].values()), run["normal_step_ms"]
-        print(f"\nworld size {run['world_size']}: a DDP step takes {step:.2f} ms")
-        print(f"(a normal step, with the global batch, {normal:.2f} ms)")
-        for part, ms in run["ddp_step_ms"].items():
-            print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / step)}")
-        print(textwrap.fill(verdict(run, args), 80, break_on_hyphens=False))
+def summarise(normal_epochs, ddp_epochs, args, world_size):
+    """Return the figures of both trainings, as JSON can have them."""
+    figures = {"world_size": world_size, "backend": args.backend}
+    figures["precision"] = args.precision
+    batch = args.batch_size * args.grad_accum_steps * world_size
+    figures["global_batch_size"] = batch
+    for way, epochs in (("normal", normal_epochs), ("ddp", ddp_epochs)):
+        seconds = sum(result.seconds for result in epochs)
+        rate = sum(result.samples for result in epochs) / seconds
+        figures[way] = {"seconds": seconds, "samples_per_second": rate}
+        figures[way].update(loss=epochs[-1].loss, accuracy=epochs[-1].accuracy)
+    speedup = figures["normal"]["seconds"] / figures["ddp"]["seconds"]
+    ratios = [a.seconds / b.seconds for a, b in zip(normal_epochs, ddp_epochs)]
+    figures.update(speedup=speedup, speedup_range=[min(ratios), max(ratios)])
+    return dict(figures, efficiency=speedup / world_size)
+
+
+def print_report(run, args):
+    """Print how long both trainings took, where a step's time goes, and the verdict."""
+    print(f"Normal training time: {run['normal']['seconds']:.2f} seconds")
+    print(f"DDP training time: {run['ddp']['seconds']:.2f} seconds")
+    step, normal = sum(run["ddp_step_ms"].values()), run["normal_step_ms"]
+    print(f"\nA step takes {normal:.2f} ms normally and {step:.2f} ms with DDP:")
+    for part, ms in run["ddp_step_ms"].items():
+        print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / step)}")
+    print(textwrap.fill(verdict(run, args), 80, break_on_hyphens=False))
 
 
 def verdict(run, args):
-    """Return in words what the figures show, why, and which flag would help."""
+    """Return in words what the figures show, why, and what would help."""
     n, speedup, (low, high) = run["world_size"], run["speedup"], run["speedup_range"]
     how = "DDP makes no clear difference" if low < high else "One epoch cannot tell"
     if low < high and (low > 1 and speedup > 1.1 or high < 1 and speedup < 0.9):
         how = "DDP is faster" if speedup > 1 else "DDP is slower"
     text = f"{how}: {speedup:.2f} times the speed of normal training"
+    if low < high:
+        text += f" ({low:.2f} to {high:.2f})"
     if n == 1:
         return f"{text}. With one process, no speedup is possible."
     text += f", where {n} would be ideal."
-    devices = torch.cuda.device_count() or args.cores
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else args.cores
     if n > devices:
         return f"{text} {n} processes share {devices} devices: use no more than that."
-    if run["efficiency"] > 0.9:
-        return text
     data, compute, sync = (run["ddp_step_ms"][k] for k in ("data", "compute", "sync"))
-    step = data + compute + sync
-    ideal = step * run["efficiency"]
-    if sync > data + compute - ideal:
-        reason = f"Synchronising {run['gradient_bytes']:,} bytes of gradients takes"
-        advice = f"--grad_accum_steps {2 * args.grad_accum_steps} does it half as often"
-        return f"{text} {reason} {sync:.2f} of {step:.2f} ms: {advice}."
-    if data > compute:
+    alone, normal = data + compute, run["normal_step_ms"]
+    if data > max(compute, sync):
         advice = f"try --num_workers {args.num_workers + 2}"
-        return f"{text} Loading takes {data:.2f} of {step:.2f} ms: {advice}."
-    reason = f"Even without synchronising, a step takes {data + compute:.2f} ms, not"
-    advice = f"try --batch_size {2 * args.batch_size}"
-    return f"{text} {reason} {ideal:.2f} ms: {advice}."
+        return f"{text} Loading takes {data:.2f} of {alone + sync:.2f} ms: {advice}."
+    if alone >= 4 * sync:
+        return text
+    factor = next((k for k in (2, 4, 8) if k * alone >= 4 * sync), None)
+    if factor is None or normal / alone < 1.3:
+        text += f" {alone:.2f} ms of work per {sync:.2f} ms of synchronising are too"
+        return f"{text} little to share: it takes a larger batch or model."
+    gain = factor * normal / (factor * alone + sync)
+    text += f" {factor} times as much work per synchronisation would make it about"
+    text += (
+        f" {gain:.1f}: --grad_accum_steps {factor * args.grad_accum_steps} or, if the"
+    )
+    return f"{text} memory allows, --batch_size {factor * args.batch_size}."
+
+
+def print_table(runs):
+    """Print a line for each world size."""
+    print("\n world   global   normal      DDP          in single  of ideal")
+    print("  size    batch  seconds  seconds  speedup     epochs   speedup")
+    for run in runs:
+        low, high = run["speedup_range"]
+        print(
+            f"{run['world_size']:6} {run['global_batch_size']:8,}"
+            f" {run['normal']['seconds']:8.2f} {run['ddp']['seconds']:8.2f}"
+            f" {run['speedup']:8.2f} {f'{low:.2f}-{high:.2f}':>10}"
+            f" {run['efficiency']:9.0%}"
+        )
 
 
 def choose_device(local_rank):
@@ -442,12 +651,12 @@ def choose_device(local_rank):
     return device
 
 
-def choose_backend(backend, local_world_size, error):
-    """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
-    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    if backend == "nccl" and gpus == 0:
-        error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    return backend or ("nccl" if local_world_size <= gpus else "gloo")
+def choose_precision(amp, device):
+    """Return what to compute in: float16 where a GPU would only emulate bfloat16."""
+    if not amp:
+        return "float32"
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return "float16" if old else "bfloat16"
 
 
 def make_optimizer(model, learning_rate):
@@ -456,28 +665,57 @@ def make_optimizer(model, learning_rate):
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
 
-def make_loader(dataset, sampler, batch_size, num_workers, device):
-    """Return a DataLoader of the samples that `sampler` draws."""
+def make_scaler(precision, device):
+    """Return a scaler, so that small gradients survive float16; else it does nothing."""
+    enabled = precision == "float16"
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)  # before PyTorch 2.3
+
+
+def make_autocast(precision, device):
+    """Return a context in which PyTorch computes in this precision where it is safe."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def make_loader(dataset, batches, args, device):
+    """Return a DataLoader; `batches` is a BatchSampler."""
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=batches,
         collate_fn=collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,  # or each epoch would start them again
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,  # or each epoch starts them again
         pin_memory=device.type == "cuda",  # non_blocking copies need it
     )
 
 
-def collate(batch):
-    """Return a batch: of a list of samples, or the tuple that __getitems__ returned."""
-    return batch if isinstance(batch, tuple) else default_collate(batch)
+def to_device(batch, device):
+    """Return a batch, whatever it is made of, with its tensors on `device`."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):  # a tokenizer's batch, a PackedSequence, a graph
+        return copy.copy(batch).to(device)  # a copy, as some move themselves
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        parts = [to_device(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
 
 
-def open_store(error):
+def format_rate(samples, seconds):
+    """Return samples per second, with at least three digits."""
+    rate = samples / seconds
+    return f"{rate:,.2f}" if rate < 100 else f"{rate:,.0f}"
+
+
+def open_store(refuse):
     """Return the store where the ranks meet, at MASTER_ADDR and MASTER_PORT.
 
-    Without MASTER_PORT, at any free port. On failure, calls `error(message)`.
+    Without MASTER_PORT, at any free port. On failure, calls `refuse(message)`.
     """
     address = os.environ.get("MASTER_ADDR") or "localhost"
     port = os.environ.get("MASTER_PORT") or "0"
@@ -485,7 +723,7 @@ def open_store(error):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server = socket.create_server((address, int(port)), family=family)
     except (OSError, OverflowError, ValueError) as reason:
-        error(f"cannot listen at MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
+        refuse(f"cannot listen at MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
     host, port = server.getsockname()[:2]
     options = {"is_master": True, "wait_for_workers": False}
     try:
@@ -505,34 +743,49 @@ def make_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
     parser.description = __doc__
 
-    def add(flag, minimum, default, help):
+    def add(flag, kind, minimum, default, help):
         def number(text):
-            if minimum <= type(minimum)(text) < float("inf"):  # false for NaN, too
-                return type(minimum)(text)
+            if minimum <= kind(text) < float("inf"):  # false for NaN, too
+                return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum}")
 
         help = f"{help} (default: {default})"
         parser.add_argument(flag, type=number, default=default, metavar="N", help=help)
 
-    add("--epochs", 1, 5, "passes over the dataset")
-    add("--batch_size", 1, 64, "samples per process and batch")
-    add("--grad_accum_steps", 1, 1, "batches per optimizer step")
-    add("--learning_rate", 0.0, 0.01, "of Adam")
-    add("--dataset_length", 1, 20000, "samples in the dataset")
-    add("--input_size", 1, 100, "features per sample")
-    add("--num_workers", 0, 0, "DataLoader workers per process")
-    add("--seed", 0, 0, "of weights, data and shuffling")
-    add("--timeout", 1.0, 600.0, "seconds that a rank waits for others")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    add("--epochs", int, 1, 5, "passes over the dataset")
+    add("--batch_size", int, 1, 64, "samples per process and batch")
+    add("--grad_accum_steps", int, 1, 1, "batches per process and optimizer step")
+    add("--learning_rate", float, 0, 0.01, "of Adam")
+    add("--dataset_length", int, 1, 20000, "samples in the dataset")
+    add("--input_size", int, 1, 100, "features per sample")
+    add("--num_workers", int, 0, 0, "DataLoader workers per process")
+    add("--seed", int, 0, 0, "of weights, data and shuffling")
+    add("--timeout", float, 1, 600.0, "seconds that a rank waits for others")
+    help = "compute in bfloat16 or, on GPUs without it, in float16"
+    parser.add_argument("--amp", action="store_true", help=help)
     help = "default: nccl if each process has a GPU to itself, else gloo"
     parser.add_argument("--backend", choices=["nccl", "gloo"], help=help)
     return parser, add
 
 
+def choose_backend(backend, local_world_size, refuse):
+    """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
+    # device_count() alone may count GPUs that do not work.
+    usable = torch.cuda.is_available() and dist.is_nccl_available()
+    if backend == "nccl" and not usable:
+        refuse("--backend nccl needs a CUDA GPU; use --backend gloo")
+    enough = usable and local_world_size <= torch.cuda.device_count()
+    return backend or ("nccl" if enough else "gloo")
+
+
 def parse_args():
-    """Return the arguments and the store. Exits with code 2 if they are invalid."""
+    """Return the arguments, a backend for each world size, and the store.
+
+    Exits with code 2 if they are invalid.
+    """
     parser, _ = make_parser()
-    count, add = torch.cuda.device_count() or 2, parser.add_argument
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count, add = gpus or 2, parser.add_argument
     help = "processes; several numbers are compared (default: one per GPU, or 2)"
     add("--world_size", type=int, nargs="+", default=[count], metavar="N", help=help)
     add("--json", metavar="FILE", help="write the figures to FILE")
@@ -542,13 +795,13 @@ def parse_args():
     most = max(16, args.cores, count)
     if not all(1 <= n <= most for n in args.world_size):
         parser.error(f"--world_size must be from 1 to {most}")
-    args.backend = choose_backend(args.backend, max(args.world_size), parser.error)
+    backends = [choose_backend(args.backend, n, parser.error) for n in args.world_size]
     if args.json:
         try:
             open(args.json, "a").close()
         except OSError as reason:
             parser.error(f"--json: {reason}")
-    return args, open_store(parser.error)
+    return args, backends, open_store(parser.error)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch.distributed.nn  # before joining a group: see DDP 9 in torchrun_ddp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchrun_ddp
@@ -74,12 +74,13 @@ def ours(dataset, samples, model, batch_size):
     optimizer = torchrun_ddp.make_optimizer(model, 0.01)
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     sampler = torchrun_ddp.ResumableSampler(dataset, seed=0)
-    loader = torchrun_ddp.make_loader(dataset, sampler, batch_size, 0, device)
-    args = argparse.Namespace(amp=False, grad_accum_steps=1, seed=0)
-    rank = dist.get_rank(), dist.get_world_size()
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    args = argparse.Namespace(precision="float32", grad_accum_steps=1, num_workers=0)
+    loader = torchrun_ddp.make_loader(dataset, batches, args, device)
+    scaler = torchrun_ddp.make_scaler(args.precision, device)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
-        torchrun_ddp.train_loop(model, loader, optimizer, device, args, epoch, *rank)
+        torchrun_ddp.train_loop(model, loader, optimizer, scaler, device, args)
         yield
 
 

@@ -1,72 +1,131 @@
-"""Run parts of ddp.py in real processes, many cases in one start.
+"""Run parts of the scripts in real processes, many cases in one start.
 
     python cases.py WORLD_SIZE JSON
 
-A case is a dict: "run" names one of the functions below; "flags" are ddp.py's; all else
-names what stands in for a part of ddp.py: {"run": "check", "MyModel": "CNN"}. Rank 0
-prints a line of JSON for each case: what the function returned.
+A case is a dict: "run" names one of the functions below; "flags" are the scripts'; all
+else names what stands in for a part of the scripts: {"run": "check", "MyModel": "CNN"}.
+Rank 0 prints a line of JSON for each case: what the function returned.
 """
 
 import contextlib
 import gc
+import io
 import json
+import random
 import sys
 
 import models
+import numpy
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import ddp
+import torchrun_ddp
 
 DEFAULTS = "--dataset_length 40 --batch_size 8 --input_size 64 --epochs 1"
+CPU = torch.device("cpu")
+
+
+def models_of(args):
+    """Return the dataset, a DDP model and, on rank 0, the normal model."""
+    torch.manual_seed(args.seed)
+    dataset = ddp.MyDataset(args.dataset_length, args.input_size, args.seed)
+    wrapped = ddp.DistributedDataParallel(ddp.MyModel(args.input_size))
+    normal = None
+    if dist.get_rank() == 0:
+        torch.manual_seed(args.seed)
+        normal = ddp.MyModel(args.input_size)
+        normal.load_state_dict(wrapped.module.state_dict())
+    return dataset, wrapped, normal
+
+
+def state(*trained):
+    """Return what the check must not change."""
+    generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1]
+    found = [[generators[0].tolist(), generators[1], generators[2].tolist()]]
+    for model in filter(None, trained):
+        found.append([value.tolist() for value in model.state_dict().values()])
+        found.append([module.training for module in model.modules()])
+        found.append([p.grad is None for p in model.parameters()])
+    return found
 
 
 def check(args):
-    """Return the figures of check_gradients, and whether it leaves the models alone."""
-    torch.manual_seed(args.seed)
-    dataset = ddp.MyDataset(args.dataset_length, args.input_size, args.seed)
-    normal, model = ddp.MyModel(args.input_size), ddp.MyModel(args.input_size)
-    normal.load_state_dict(model.state_dict())
-    wrapped = ddp.DistributedDataParallel(model)
-    before = [value.clone() for value in model.state_dict().values()]
-    figures = ddp.check_gradients(normal, wrapped, dataset, args, torch.device("cpu"))
-    after = zip(before, normal.state_dict().values(), model.state_dict().values())
-    unchanged = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in after)
-    return {**figures, "unchanged": unchanged}
+    """Return the figures of ddp.check, what it said, and whether it changed nothing."""
+    dataset, wrapped, normal = models_of(args)
+    before = state(wrapped, normal)
+    store = dist.PrefixStore(f"check {next(count)}", STORE[0])
+    with contextlib.redirect_stdout(io.StringIO()) as says:
+        figures = ddp.check(normal, wrapped, dataset, args, CPU, store)
+    words = " ".join(says.getvalue().split())
+    return {**figures, "says": words, "unchanged": before == state(wrapped, normal)}
 
 
 def weights(args):
     """Return the weights at the end of normal and of DDP training."""
-    trained, ends, make_optimizer = [], [], ddp.make_optimizer
+    trained, ends = [], []
+    prepare = ddp.prepare
 
-    def note(model, learning_rate):
+    def note(model, *more):
         trained.append(model)
-        return make_optimizer(model, learning_rate)
+        return prepare(model, *more)
 
     def end(*_):
-        for model in trained[-2:]:  # those before are of the check
+        for model in trained:
             ends.append([value.tolist() for value in model.state_dict().values()])
-        return {"data": 0, "compute": 0, "sync": 0}
+        return {"data": 0, "compute": 1, "sync": 0}
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    store = dist.PrefixStore(f"weights {next(count)}", STORE[0])
-    with replaced(make_optimizer=note, measure_step=end):
-        ddp.compare(rank, world_size, args, torch.device("cpu"), store)
+    with replaced(prepare=note, measure_step=end):
+        compare(args)
     return ends
+
+
+def compare(args):
+    """Return the figures of a whole comparison."""
+    store = dist.PrefixStore(f"compare {next(count)}", STORE[0])
+    place = dist.get_rank(), dist.get_world_size()
+    with contextlib.redirect_stdout(None):
+        ddp.compare(*place, args, CPU, store)
+    return json.loads(store.get("figures")) if place[0] == 0 else None
+
+
+def train(args):
+    """Return the lines that torchrun_ddp.py prints, and whether ranks ended equal."""
+    ended = []
+    original = torchrun_ddp.evaluate
+
+    def note(model, *more):
+        ended[:] = [value.double().sum().item() for value in model.parameters()]
+        return original(model, *more)
+
+    with contextlib.redirect_stdout(io.StringIO()) as says, replaced(evaluate=note):
+        torchrun_ddp.train(args, CPU)
+    of_all = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, ended)
+    equal = all(one == of_all[0] for one in of_all)
+    return {"lines": says.getvalue().splitlines(), "equal": equal}
+
+
+def order(args):
+    """Return the batches of normal training, and those that each rank reads."""
+    normal, ours = ddp.make_loaders(range(1000), args.dataset_length, args, CPU)
+    of_all = [None] * dist.get_world_size()
+    for loader in (normal, ours):
+        loader.batch_sampler.sampler.set_epoch(3)
+    dist.all_gather_object(of_all, list(ours.batch_sampler))
+    return [list(normal.batch_sampler), len(normal.batch_sampler), of_all]
 
 
 def step(args):
     """Return the parts of a step, in ms."""
-    dataset = ddp.MyDataset(args.dataset_length, args.input_size, args.seed)
-    model = ddp.DistributedDataParallel(ddp.MyModel(args.input_size))
-    return ddp.measure_step(model, dataset, 0.02, args, torch.device("cpu"))
+    dataset, model, _ = models_of(args)
+    return ddp.measure_step(model, dataset, 20, args, CPU)
 
 
 def synchronisations(args):
     """Return how often an epoch's gradients are synchronised."""
-    dataset = ddp.MyDataset(args.dataset_length, args.input_size, args.seed)
-    model = ddp.DistributedDataParallel(ddp.MyModel(args.input_size))
+    dataset, model, _ = models_of(args)
     calls = []
 
     def hook(_, bucket):
@@ -75,23 +134,27 @@ def synchronisations(args):
         return work.get_future().then(lambda future: future.value()[0])
 
     model.register_comm_hook(None, hook)
-    device, optimizer = torch.device("cpu"), ddp.make_optimizer(model, 0.01)
-    _, loader = ddp.make_loaders(dataset, len(dataset), 0, args, device)
-    place = dist.get_rank(), dist.get_world_size()
-    ddp.train_loop(model, loader, optimizer, device, args, 0, *place)
+    _, loader = ddp.make_loaders(dataset, len(dataset), args, CPU)
+    ddp.train_loop(*ddp.prepare(model, loader, CPU, args))
     return len(calls)
 
 
-STORE, count = [], iter(range(1000))
+STORE, count = [], iter(range(10000))
 
 
 @contextlib.contextmanager
 def replaced(**parts):
-    """Let parts of ddp.py be others, while this context lasts."""
-    before = {name: getattr(ddp, name) for name in parts}
-    vars(ddp).update(parts)
-    yield
-    vars(ddp).update(before)
+    """Let parts of the scripts be others, while this context lasts."""
+    before = {}
+    for script in (ddp, torchrun_ddp):
+        for name in filter(vars(script).__contains__, parts):
+            before[script, name] = vars(script)[name]
+            vars(script)[name] = parts[name]
+    try:
+        yield
+    finally:
+        for (script, name), part in before.items():
+            vars(script)[name] = part
 
 
 def worker(rank, world_size, port, cases):
@@ -103,8 +166,11 @@ def worker(rank, world_size, port, cases):
         run = globals()[case.pop("run")]
         sys.argv = ["ddp.py", *DEFAULTS.split(), *case.pop("flags", "").split()]
         args = ddp.make_parser()[0].parse_args()
+        more = {"backend": "gloo", "cores": 2, "save_every": 0, "snapshot_path": None}
+        vars(args).update({**more, **case.pop("args", {})})
         parts = {name: getattr(models, part) for name, part in case.items()}
-        with contextlib.redirect_stdout(None), replaced(**parts):
+        with replaced(**parts):
+            args.precision = ddp.choose_precision(args.amp, CPU)
             result = run(args)
         if rank == 0:
             print(json.dumps(result), flush=True)

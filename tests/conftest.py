@@ -1,5 +1,6 @@
 """How the tests start the real scripts, and make sure that nothing is left of them."""
 
+import json
 import os
 import re
 import shutil
@@ -157,13 +158,28 @@ def start(folder):
 def finish(start):
     """Run a command to its end, and check that it leaves no process behind."""
 
-    def finish(command, flags="", code=0, env=None):
+    def finish(command, flags="", code=0, env=None, timeout=100):
         run = start(command, flags, env)
-        assert run.wait() == code, run.stdout + run.stderr
+        assert run.wait(timeout) == code, run.stdout + run.stderr
         assert run.all_gone(), f"left behind: {run.processes()}"
         return run
 
     return finish
+
+
+@pytest.fixture
+def run_cases(finish, folder):
+    """Run cases of cases.py in one start of some processes; return their results."""
+    shutil.copy(str(ROOT / "tests" / "cases.py"), str(folder))
+
+    def run_cases(world_size, cases):
+        command = [sys.executable, "cases.py", str(world_size), json.dumps(cases)]
+        run = finish(command)
+        results = [json.loads(line) for line in run.stdout.splitlines()]
+        assert len(results) == len(cases)
+        return list(zip(cases, results))
+
+    return run_cases
 
 
 @pytest.fixture
@@ -198,7 +214,7 @@ def same(one, other):
 
 
 def assert_same_end(path, reference):
-    for key in ("model", "optimizer", "epoch", "samples"):
+    for key in ("model", "optimizer", "scaler", "epoch", "samples"):
         assert same(load(path)[key], reference[key]), f"{key} differs"
 
 
@@ -224,8 +240,22 @@ def reference(tmp_path_factory):
 
 
 def epoch_lines(output):
-    """Return (loss, accuracy) of every epoch line, as numbers."""
-    pattern = r"^epoch +\d+/\d+ .*?loss (\S+)  accuracy (\S+)%"
-    return [
-        tuple(map(float, found)) for found in re.findall(pattern, output, re.MULTILINE)
-    ]
+    """Return (loss, accuracy) of every epoch of torchrun_ddp.py, as numbers."""
+    return numbers(
+        r"^epoch \d+/\d+  loss (\S+)  accuracy (\S+)%  \S+ samples/s$", output
+    )
+
+
+def validation_lines(output):
+    return numbers(r"^  validation  loss (\S+)  accuracy (\S+)%$", output)
+
+
+def side_by_side(output):
+    """Return (loss, accuracy) of both ways, and the speedup, of every epoch of ddp.py."""
+    way = r" +(\S+) +(\S+)% +\S+"
+    return numbers(rf"^ *\d+/\d+{way}{way} +(\S+)$", output)
+
+
+def numbers(pattern, output):
+    found = re.findall(pattern, output, re.MULTILINE)
+    return [tuple(map(float, texts)) for texts in found]

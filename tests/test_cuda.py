@@ -1,5 +1,6 @@
 """CUDA and NCCL, through the real scripts, on as many GPUs as there are."""
 
+import functools
 import json
 import os
 import re
@@ -7,11 +8,20 @@ import signal
 
 import pytest
 import torch
-from conftest import SCRIPTS, TORCHRUN, epoch_lines, load, same
+from conftest import SCRIPTS, TORCHRUN, epoch_lines, load, same, validation_lines
+from models import JOBS
 from test_resume import LONG, wait_for_mid_epoch
 
-GPUS = torch.cuda.device_count()
-pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU")
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+pytestmark = [
+    pytest.mark.skipif(GPUS == 0, reason="needs a CUDA GPU"),
+    pytest.mark.timeout(600),  # eight processes with CUDA take their time to start
+]
+# Harmless, of some versions: of cuDNN's convolutions (PyTorch 2.3.0), of autograd's
+# threads (2.3 and later), of torchrun (2.0).
+HARMLESS = (
+    "Plan failed with a|Attempting to run cuBLAS, but there was no|master_addr is"
+)
 
 # The other tests hide the GPUs. These show what pytest itself sees, or one alone.
 ALL = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS))))
@@ -52,6 +62,17 @@ atexit.register(record)
 """
 
 
+@pytest.fixture
+def finish(finish):
+    return functools.partial(finish, timeout=300)
+
+
+def assert_quiet(run):
+    """Check that stderr has nothing but harmless warnings, each with a line of code."""
+    lines = [line for line in run.stderr.splitlines() if not line.startswith("  ")]
+    assert all(re.search(HARMLESS, line) for line in lines), run.stderr
+
+
 def torchrun(ranks):
     return [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}", "torchrun_ddp.py"]
 
@@ -63,26 +84,74 @@ def test_training_is_that_of_the_cpu(finish, ranks, backend, env):
         here = finish(torchrun(ranks), f"--backend {backend} {flags}", env=env)
         assert f"{ranks} of {ranks} processes on cuda, backend {backend}" in here.stdout
         there = finish(torchrun(ranks), flags)
-        pairs = zip(epoch_lines(here.stdout), epoch_lines(there.stdout))
         close = 0.02 if "--amp" in flags else 0.001
-        for (loss, accuracy), (other_loss, other_accuracy) in pairs:
-            assert loss == pytest.approx(other_loss, abs=close)
-            assert accuracy == pytest.approx(other_accuracy, abs=100 * close)
+        for lines in (epoch_lines, validation_lines):
+            pairs = list(zip(lines(here.stdout), lines(there.stdout)))
+            assert len(pairs) == 5
+            for (loss, accuracy), (other_loss, other_accuracy) in pairs:
+                assert loss == pytest.approx(other_loss, abs=close)
+                # 49.8 and 49.9 differ by a little more than 0.1 in floating point.
+                assert accuracy == pytest.approx(other_accuracy, abs=101 * close)
 
 
 @layouts
 @pytest.mark.parametrize("flags", ["", "--amp"])
-@pytest.mark.parametrize("model", ["", "CNN", "DropoutLSTM"])
+@pytest.mark.parametrize("model", ["", "BatchNormCNN", "DropoutLSTM"])
 def test_the_comparison(finish, folder, variant, ranks, backend, env, flags, model):
-    pasted = f"script.MyModel, script.MyDataset = {model}, Images"
+    """With augmentation. How exact it is here, `pytest -rP` shows."""
+    pasted = f"script.MyModel, script.MyDataset = {model}, TorchAugmented"
     command = variant("ddp", pasted) if model else SCRIPTS["ddp"]
     flags += f" --world_size {ranks} --backend {backend} --dataset_length 2000"
     run = finish(command, flags + " --json figures.json", env=env)
     assert run.stdout.startswith(f"PyTorch {torch.__version__} on cuda with {backend}")
-    assert all("master_addr is" in line for line in run.stderr.splitlines())
+    assert_quiet(run)
     for result in json.loads((folder / "figures.json").read_text())["runs"]:
-        assert result["right"] and sum(result["ddp_step_ms"].values()) > 0
-        assert result["same_gradients"] or model == "DropoutLSTM" or ranks == 1
+        print(model, flags, "difference:", result["gradient_difference"])
+        assert result["same_gradients"] is True
+        assert sum(result["ddp_step_ms"].values()) > 0
+
+
+@layouts
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_people_bring(finish, variant, ranks, backend, env, name):
+    """The batches of each job reach the GPU, whatever they are made of."""
+    for job in JOBS.values():
+        code = "".join(f"script.{part} = {new}\n" for part, new in job.items())
+        command = variant(name, code)
+        if name == "torchrun":
+            command = [*torchrun(ranks)[:-1], command[-1]]
+        more = f" --world_size {ranks}" if name == "ddp" else ""
+        flags = f"--epochs 1 --dataset_length 500 --backend {backend}{more}"
+        finish(command, flags, env=env)
+
+
+@layouts
+def test_a_resume_needs_no_more_memory(finish, folder, variant, ranks, backend, env):
+    """A model of 100 MB, in many layers: peaks of a fresh run, and of a resumed one."""
+    code = """
+import atexit, torch
+class Deep(nn.Sequential):
+    def __init__(self, input_size):
+        super().__init__(nn.Linear(input_size, 1024))
+        for _ in range(25):
+            self.append(nn.Linear(1024, 1024))
+        self.append(nn.Linear(1024, 2))
+def peak():
+    if torch.cuda.is_initialized():
+        print("peak", os.environ["RANK"], torch.cuda.max_memory_allocated(), flush=True)
+atexit.register(peak)
+script.MyModel = Deep
+"""
+    command = [*torchrun(ranks)[:-1], variant("torchrun", code)[-1]]
+    flags = f"--dataset_length 640 --backend {backend} --snapshot_path snapshot.pt"
+    peaks = []
+    for epochs in (1, 2):
+        run = finish(command, f"{flags} --epochs {epochs}", env=env)
+        found = re.findall(r"^peak (\d+) (\d+)$", run.stdout, re.MULTILINE)
+        peaks.append({rank: int(size) for rank, size in found})
+    print("fresh and resumed:", peaks)
+    for rank, fresh in peaks[0].items():
+        assert peaks[1][rank] < 1.1 * fresh
 
 
 @layouts
@@ -132,6 +201,10 @@ def test_a_stopped_rank_ends_the_run_and_spoils_no_snapshot(two_ranks, folder):
     assert all(torch.isfinite(weight).all() for weight in weights)
 
 
+@pytest.mark.skipif(
+    GPUS > 1 and torch.__version__ < "2.7.1",
+    reason="PyTorch itself made contexts on GPU 0 (pytorch/pytorch issue 159262)",
+)
 @pytest.mark.parametrize("ranks", [GPUS, GPUS + 1])
 def test_each_rank_has_one_context_and_its_parent_none(finish, folder, ranks):
     (folder / "sitecustomize.py").write_text(RECORD)

@@ -5,6 +5,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import SCRIPTS, STANDALONE, assert_same_end, load
 
 # About three seconds of training, after about three seconds of starting.
@@ -104,3 +105,66 @@ def test_the_world_size_may_change(start, finish, folder):
     where = f"{stopped['epoch']} epochs and {stopped['samples']} samples done, resuming"
     assert where in run.stdout
     assert load(path)["epoch"] == 4 and load(path)["samples"] == 0
+
+
+def test_a_kill_during_validation_loses_no_step(start, finish, folder, variant):
+    command = variant("torchrun", "script.MyDataset = SlowValidation")
+    flags = f"--dataset_length 600 --epochs 2 {SAVE}"
+    run = start(command, flags)
+    path = folder / "snapshot.pt"
+    run.wait_until(path.exists)
+    run.kill_all()
+    assert "validation" not in run.stdout
+    assert load(path)["epoch"] == 1 and load(path)["samples"] == 0
+    run = finish(command, flags)
+    assert "1 epochs and 0 samples done, resuming" in run.stdout
+    assert "epoch 2/2" in run.stdout and "epoch 1/2" not in run.stdout
+
+
+@pytest.mark.skipif(torch.__version__ < "2.3", reason="a scaler on the CPU is newer")
+def test_a_scaler_is_resumed_and_may_come_and_go(start, finish, folder, variant):
+    """A run in float16 that is killed ends as one that is not, the scale included."""
+    flags = f"{LONG} --amp --snapshot_path"
+    # Its scale begins small, and doubles twice in the 2800 steps.
+    code = """
+make_scaler, script.choose_precision = script.make_scaler, float16
+def growing(*args):
+    scaler = make_scaler(*args)
+    scaler.load_state_dict(dict(scaler.state_dict(), scale=4.0, growth_interval=1000))
+    return scaler
+script.make_scaler = growing
+"""
+    command = variant("torchrun", code)
+    run = finish(command, f"{flags} whole.pt")
+    assert "backend gloo, float16" in run.stdout
+    path = folder / "snapshot.pt"
+    run = start(command, f"{flags} snapshot.pt --save_every 7")
+    wait_for_mid_epoch(run, path)
+    run.kill_all()
+    finish(command, f"{flags} snapshot.pt --save_every 7")
+    whole = load(folder / "whole.pt")
+    assert whole["scaler"]["scale"] == 16
+    assert_same_end(path, whole)
+    longer = flags.replace("--epochs 30", "--epochs 31")
+    run = finish(SCRIPTS["torchrun"], f"{longer} snapshot.pt")  # in bfloat16
+    assert "30 epochs and 0 samples done" in run.stdout
+    assert load(path)["scaler"] == {} and load(path)["epoch"] == 31
+    run = finish(command, f"{flags.replace('--epochs 30', '--epochs 32')} snapshot.pt")
+    assert "31 epochs and 0 samples done" in run.stdout
+    assert load(path)["scaler"]["scale"] == 4
+
+
+def test_all_ranks_compute_in_what_rank_0_chooses(finish, variant):
+    code = """
+def choose(*_):
+    return "float32" if os.environ["RANK"] == "0" else "bfloat16"
+script.choose_precision = choose
+train_loop = script.train_loop
+def note(*args, **options):
+    print("rank", os.environ["RANK"], "computes in", args[5].precision)
+    return train_loop(*args, **options)
+script.train_loop = note
+"""
+    run = finish(variant("torchrun", code), "--epochs 1 --amp")
+    for rank in (0, 1):
+        assert f"rank {rank} computes in float32" in run.stdout

@@ -21,29 +21,38 @@ DONE = {"epoch": 2, "samples": 12}
 def args(tmp_path):
     """The arguments of a run, in a process group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield argparse.Namespace(snapshot_path=str(tmp_path / "snapshot.pt"), **FLAGS)
+    path = str(tmp_path / "snapshot.pt")
+    yield argparse.Namespace(snapshot_path=path, precision="float32", **FLAGS)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def trained():
-    """Return a model and its optimizer, after a step."""
-    model = torch.nn.parallel.DistributedDataParallel(torchrun_ddp.MyModel(5))
+CPU = torch.device("cpu")
+
+
+def untrained():
+    """Return a model, its optimizer, and a scaler that does nothing."""
+    model = torchrun_ddp.MyModel(5)
     optimizer = torchrun_ddp.make_optimizer(model, 0.1)
+    return model, optimizer, torchrun_ddp.make_scaler("float32", CPU)
+
+
+def trained():
+    """Return the same, after a step, with DDP around the model."""
+    model, optimizer, scaler = untrained()
     model(torch.ones(3, 5)).sum().backward()
     optimizer.step()
-    return model, optimizer
+    return torch.nn.parallel.DistributedDataParallel(model), optimizer, scaler
 
 
 def test_what_is_saved_is_loaded(args):
-    model, optimizer = trained()
-    torchrun_ddp.save_snapshot(args, model, optimizer, *DONE.values())
+    model, optimizer, scaler = trained()
+    torchrun_ddp.save_snapshot(args, model, optimizer, scaler, *DONE.values())
     saved = load(args.snapshot_path)
     assert saved["model"].keys() == torchrun_ddp.MyModel(5).state_dict().keys()
-    args.epochs = 9  # may change
-    other = torchrun_ddp.MyModel(5)
-    other_optimizer = torchrun_ddp.make_optimizer(other, 0.1)
-    where = torchrun_ddp.load_snapshot(args, other, other_optimizer)
+    args.epochs, args.precision = 9, "float16"  # these may change
+    other, other_optimizer, scaler = untrained()
+    where = torchrun_ddp.load_snapshot(args, other, other_optimizer, scaler)
     assert where == tuple(DONE.values())
     assert same(other.state_dict(), model.module.state_dict())
     assert same(other_optimizer.state_dict(), optimizer.state_dict())
@@ -51,10 +60,10 @@ def test_what_is_saved_is_loaded(args):
 
 
 def test_without_a_file_training_starts(args):
-    model, optimizer = trained()
-    assert torchrun_ddp.load_snapshot(args, model, optimizer) == (0, 0)
+    parts = untrained()
+    assert torchrun_ddp.load_snapshot(args, *parts) == (0, 0)
     args.snapshot_path = None
-    assert torchrun_ddp.load_snapshot(args, model, optimizer) == (0, 0)
+    assert torchrun_ddp.load_snapshot(args, *parts) == (0, 0)
 
 
 class Evil:
@@ -74,16 +83,21 @@ class Evil:
         ({"settings": dict(FLAGS, batch_size=7)}, "it was made with --batch_size 7"),
         ({"settings": {"dropout": 0.1}}, "it was made with --dropout 0.1"),
         ({"settings": {}, "model": {"other": torch.ones(1)}}, "Error(s) in loading"),
+        ("another optimizer", "parameter group"),
     ],
 )
 def test_a_file_that_does_not_fit(args, capfd, monkeypatch, tmp_path, bad, reason):
     monkeypatch.chdir(tmp_path)
-    model, optimizer = trained()
+    model, optimizer, scaler = trained()
     path = tmp_path / "snapshot.pt"
     if bad == "directory":
         path.mkdir()
+    elif bad == "another optimizer":
+        two = [{"params": [weight]} for weight in model.parameters()]
+        other = torch.optim.Adam(two)
+        torchrun_ddp.save_snapshot(args, model, other, scaler, 1, 0)
     elif bad == "truncated":
-        torchrun_ddp.save_snapshot(args, model, optimizer, 1, 0)
+        torchrun_ddp.save_snapshot(args, model, optimizer, scaler, 1, 0)
         path.write_bytes(path.read_bytes()[:-200])
     elif isinstance(bad, bytes):
         path.write_bytes(bad)
@@ -91,7 +105,7 @@ def test_a_file_that_does_not_fit(args, capfd, monkeypatch, tmp_path, bad, reaso
         torch.save(bad, str(path))
     before = None if bad == "directory" else path.read_bytes()
     with pytest.raises(SystemExit) as error:
-        torchrun_ddp.load_snapshot(args, model.module, optimizer)
+        torchrun_ddp.load_snapshot(args, model.module, optimizer, scaler)
     says = capfd.readouterr().err
     assert error.value.code == 1
     lines = [line for line in says.splitlines() if "cannot resume" in line]
@@ -121,9 +135,9 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file(args, small_disk):
-    model, optimizer = trained()
+    model, optimizer, scaler = trained()
     args.snapshot_path = str(small_disk / "snapshot.pt")
-    torchrun_ddp.save_snapshot(args, model, optimizer, 1, 0)
+    torchrun_ddp.save_snapshot(args, model, optimizer, scaler, 1, 0)
     with open(str(small_disk / "filler"), "wb", buffering=0) as file:
         try:
             while True:
@@ -131,5 +145,5 @@ def test_a_full_disk_leaves_the_old_file(args, small_disk):
         except OSError:
             pass
     with pytest.raises((OSError, RuntimeError)):
-        torchrun_ddp.save_snapshot(args, model, optimizer, 2, 0)
+        torchrun_ddp.save_snapshot(args, model, optimizer, scaler, 2, 0)
     assert load(args.snapshot_path)["epoch"] == 1
