@@ -177,11 +177,9 @@ def compare(rank, world_size, args, device, store):
         sys.exit(f"{reason}: compare with BatchNorm" if rank == 0 else 1)
     ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     normal_model = None
-    if rank == 0:
+    if rank == 0:  # it is made anew, as not all models can be copied
         torch.manual_seed(args.seed)
-        normal_model = MyModel(args.input_size).to(
-            device
-        )  # not all models can be copied
+        normal_model = MyModel(args.input_size).to(device)
         normal_model.load_state_dict(model.state_dict())
         print_head(args, world_size)
     figures = check(normal_model, ddp_model, dataset, args, device, store)
@@ -194,11 +192,9 @@ def compare(rank, world_size, args, device, store):
     ddp = prepare(ddp_model, loader, device, args)
     normal_epochs, ddp_epochs = [], []  # what train_loop returned
     for epoch in range(args.epochs):
-        for sampler in (
-            loader.batch_sampler.sampler,
-            normal_loader.batch_sampler.sampler,
-        ):
-            sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs have one order
+        # DDP 5: reshuffle, or every epoch has the same order.
+        for each in (normal_loader, loader):
+            each.batch_sampler.sampler.set_epoch(epoch)
         # DDP 6 and 7, synchronise and measure globally, are in train_loop.
         if rank == 0:
             torch.manual_seed(args.seed + epoch)  # for dropout and augmentation
@@ -216,11 +212,10 @@ def compare(rank, world_size, args, device, store):
     step_ms = sum(result.seconds for result in ddp_epochs) / steps * 1000
     parts = measure_step(ddp_model, dataset, step_ms, args, device)
     if rank == 0:
-        # As shares of a step in the training above, so that all figures agree.
-        scale = step_ms / sum(parts.values())
-        figures["ddp_step_ms"] = {name: ms * scale for name, ms in parts.items()}
-        figures["normal_step_ms"] = sum(r.seconds for r in normal_epochs) / steps * 1000
-        figures.update(summarise(normal_epochs, ddp_epochs, args, world_size))
+        figures.update(summarise(normal_epochs, ddp_epochs, steps, parts))
+        samples = args.batch_size * args.grad_accum_steps * world_size
+        figures.update(backend=args.backend, precision=args.precision)
+        figures["global_batch_size"] = samples
         print_report(figures, args)
         store.set("figures", json.dumps(figures))
 
@@ -289,10 +284,8 @@ def print_head(args, world_size):
     batch = args.batch_size * args.grad_accum_steps * world_size
     print(f"\nworld size {world_size}, global batch {batch:,}, {args.precision}")
     if not torch.cuda.is_available():
-        threads = torch.get_num_threads()
-        print(
-            f"Each process stands for a device, with {threads} of {args.cores} cores."
-        )
+        share = f"{torch.get_num_threads()} of {args.cores} cores"
+        print(f"Each process stands for a device, with {share}.")
 
 
 def change(args, **changes):
@@ -386,19 +379,17 @@ def check(normal_model, ddp_model, dataset, args, device, store):
     if same:
         text = f"DDP is right: its gradients are normal training's ({found:.1g})."
         if mixes:
-            text += (
-                " Samples of a batch affect each other, as with BatchNorm: so it does"
-            )
-            text += f" not train like one batch of {step:,}. See the README, Mixing."
+            text += " Samples of a batch affect each other (as with BatchNorm): so it"
+            text += f" does not train as one batch of {step:,} would. README: Mixing."
     elif math.isnan(found):
         text = "The gradients are not finite: there is nothing to compare."
     elif difference(*normal) >= limit:
         same = None
         text = "It cannot tell if DDP is right: normal training, repeated, has other"
-        text += " gradients. See the README, Not repeatable."
+        text += " gradients. README: Not repeatable."
     else:
         text = f"DDP is WRONG: its gradients are not normal training's ({found:.1g})."
-        text += " See the README, Wrong."
+        text += " README: Wrong."
     print(textwrap.fill(text, 80))
     size = sum(p.numel() * p.element_size() for p in weights)
     figures = {"same_gradients": same, "gradient_difference": found}
@@ -555,9 +546,8 @@ def measure_step(model, dataset, step_ms, args, device):
             return train_loop(model, loader, *whole[2:]).seconds
 
     loops = (loader, nullcontext), (loader, model.no_sync), (kept, model.no_sync)
-    rounds = [
-        [seconds(*loop) for loop in loops] for _ in range(6 if step_ms < 12 else 3)
-    ]
+    turns = 6 if step_ms < 12 else 3
+    rounds = [[seconds(*loop) for loop in loops] for _ in range(turns)]
     medians = [statistics.median(times) for times in zip(*rounds[1:])]
     n = math.ceil(len(loader) / args.grad_accum_steps)
     whole, local, compute = (median * 1000 / n for median in medians)
@@ -566,21 +556,22 @@ def measure_step(model, dataset, step_ms, args, device):
     return {"data": local - compute, "compute": compute, "sync": whole - local}
 
 
-def summarise(normal_epochs, ddp_epochs, args, world_size):
-    """Return the figures of both trainings, as JSON can have them."""
-    figures = {"world_size": world_size, "backend": args.backend}
-    figures["precision"] = args.precision
-    batch = args.batch_size * args.grad_accum_steps * world_size
-    figures["global_batch_size"] = batch
+def summarise(normal_epochs, ddp_epochs, steps, parts):
+    """Return the figures of both trainings, of `steps` optimizer steps each."""
+    n, figures = dist.get_world_size(), {}
     for way, epochs in (("normal", normal_epochs), ("ddp", ddp_epochs)):
-        seconds = sum(result.seconds for result in epochs)
-        rate = sum(result.samples for result in epochs) / seconds
+        _, _, samples, seconds = map(sum, zip(*epochs))
+        rate, last = samples / seconds, epochs[-1]
         figures[way] = {"seconds": seconds, "samples_per_second": rate}
-        figures[way].update(loss=epochs[-1].loss, accuracy=epochs[-1].accuracy)
+        figures[way].update(loss=last.loss, accuracy=last.accuracy)
     speedup = figures["normal"]["seconds"] / figures["ddp"]["seconds"]
     ratios = [a.seconds / b.seconds for a, b in zip(normal_epochs, ddp_epochs)]
     figures.update(speedup=speedup, speedup_range=[min(ratios), max(ratios)])
-    return dict(figures, efficiency=speedup / world_size)
+    figures.update(world_size=n, efficiency=speedup / n)
+    # The parts as shares of a step in the training, so that all figures agree.
+    scale = figures["ddp"]["seconds"] / steps * 1000 / sum(parts.values())
+    figures["ddp_step_ms"] = {name: ms * scale for name, ms in parts.items()}
+    return dict(figures, normal_step_ms=figures["normal"]["seconds"] / steps * 1000)
 
 
 def print_report(run, args):
@@ -622,24 +613,16 @@ def verdict(run, args):
         return f"{text} little to share: it takes a larger batch or model."
     gain = factor * normal / (factor * alone + sync)
     text += f" {factor} times as much work per synchronisation would make it about"
-    text += (
-        f" {gain:.1f}: --grad_accum_steps {factor * args.grad_accum_steps} or, if the"
-    )
-    return f"{text} memory allows, --batch_size {factor * args.batch_size}."
+    text += f" {gain:.1f}: --grad_accum_steps {factor * args.grad_accum_steps}, or, if"
+    return f"{text} the memory allows, --batch_size {factor * args.batch_size}."
 
 
 def print_table(runs):
-    """Print a line for each world size."""
-    print("\n world   global   normal      DDP          in single  of ideal")
-    print("  size    batch  seconds  seconds  speedup     epochs   speedup")
+    print("\nworld size  global batch  normal seconds  DDP seconds  speedup  of ideal")
     for run in runs:
-        low, high = run["speedup_range"]
-        print(
-            f"{run['world_size']:6} {run['global_batch_size']:8,}"
-            f" {run['normal']['seconds']:8.2f} {run['ddp']['seconds']:8.2f}"
-            f" {run['speedup']:8.2f} {f'{low:.2f}-{high:.2f}':>10}"
-            f" {run['efficiency']:9.0%}"
-        )
+        row = f"{run['world_size']:10} {run['global_batch_size']:13,}"
+        row += f" {run['normal']['seconds']:15.2f} {run['ddp']['seconds']:12.2f}"
+        print(f"{row} {run['speedup']:8.2f} {run['efficiency']:9.0%}")
 
 
 def choose_device(local_rank):

@@ -8,7 +8,8 @@ ours (train_loop, loader, sampler and optimizer of torchrun_ddp.py), Hugging Fac
 Accelerate and Lightning Fabric (as their documentation writes a loop), the loop of
 PyTorch's DDP tutorial (default collation, plain Adam), and the limit: only index_select,
 DDP and fused Adam, no DataLoader. With the linear model, ours reads whole batches from
-MyDataset, and the peers read single samples. With the CNN, ours reads single samples too.
+MyDataset, and the peers read single samples, as usual; "batched" is the tutorial's loop
+that reads whole batches, too. With the CNN, all read single samples.
 """
 
 import argparse
@@ -43,14 +44,15 @@ SETTINGS = {  # samples, shape of one, batch size per process
     "32768 x 1024, 1024": (32768, [1024], 1024),
     "CNN, 4096, 128": (4096, [1, 16, 16], 128),
 }
-CONTENDERS = ["ours", "accelerate", "fabric", "tutorial", "limit"]
+CONTENDERS = ["ours", "accelerate", "fabric", "tutorial", "batched", "limit"]
 CAPTION = """PyTorch {}, {} cores, {} turns
 
 Thousands of samples per second, of all processes together: medians of the turns. The last
-two columns are ours over the fastest peer and ours over the limit: medians of the ratios
-of pairs of turns. Settings: samples x features (or CNN, images), batch size per process.
+columns are ours over the fastest of the three peers, over "batched" and over the limit:
+medians of the ratios of pairs of turns. Settings: samples x features (or CNN, images),
+batch size per process.
 """
-ROW = "| {:18} | {:>5} | {:>6} | {:>10} | {:>6} | {:>8} | {:>6} | {:>5} | {:>6} |"
+ROW = "| {:18} | {:>5}" + " | {:>10}" * 6 + " | {:>5} | {:>8} | {:>6} |"
 
 
 class Samples(TensorDataset):
@@ -105,11 +107,16 @@ def fabric(dataset, samples, model, batch_size):
     return usual_epochs(model, loader, optimizer, lightning.backward)
 
 
-def tutorial(dataset, samples, model, batch_size):
-    loader = DataLoader(samples, batch_size, sampler=DistributedSampler(samples))
+def tutorial(dataset, samples, model, batch_size, collate_fn=None):
+    sampler = DistributedSampler(samples)
+    loader = DataLoader(samples, batch_size, sampler=sampler, collate_fn=collate_fn)
     model = DistributedDataParallel(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     return usual_epochs(model, loader, optimizer, torch.Tensor.backward)
+
+
+def batched(dataset, samples, model, batch_size):
+    return tutorial(None, dataset, model, batch_size, torchrun_ddp.collate)
 
 
 def usual_epochs(model, loader, optimizer, backward):
@@ -216,7 +223,7 @@ def main():
 
     figures = {"torch": torch.__version__, "cores": os.cpu_count(), "races": []}
     print(CAPTION.format(torch.__version__, os.cpu_count(), args.repeats))
-    head = ROW.format("setting", "procs", *CONTENDERS, "/peer", "/limit")
+    head = ROW.format("setting", "procs", *CONTENDERS, "/peer", "/batched", "/limit")
     print(head, re.sub(r"[^|]", "-", head), sep="\n")
     speeds = []
     for name, world_size in itertools.product(SETTINGS, (1, 2)):
@@ -224,7 +231,7 @@ def main():
         times = launch(world_size, "race", repeats=args.repeats, **job)
         speed = {k: SETTINGS[name][0] / median(v) / 1000 for k, v in times.items()}
         cells = [f"{speed[contender]:.1f}" for contender in CONTENDERS]
-        for other in (max(CONTENDERS[1:-1], key=speed.get), "limit"):
+        for other in (max(CONTENDERS[1:4], key=speed.get), "batched", "limit"):
             cells.append(f"{median(map(truediv, times[other], times['ours'])):.2f}")
         print(ROW.format(name, world_size, *cells), flush=True)
         figures["races"].append([name, world_size, times])
