@@ -41,7 +41,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP would import it later: then the group stays, see DDP 9
+import torch.distributed.nn  # or DDP imports it later and keeps the group: see DDP 9
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -188,7 +188,7 @@ def compare(rank, world_size, args, device, store):
     # the parts equal: it repeats a few samples. Normal training reads the parts of all.
     normal_loader, loader = make_loaders(dataset, len(dataset), args, device)
     if rank == 0:
-        normal = prepare(normal_model, normal_loader, device, of_all_ranks(args))
+        normal = prepare(normal_model, normal_loader, device, normal_args(args))
     ddp = prepare(ddp_model, loader, device, args)
     normal_epochs, ddp_epochs = [], []  # what train_loop returned
     for epoch in range(args.epochs):
@@ -288,13 +288,15 @@ def print_head(args, world_size):
         print(f"Each process stands for a device, with {share}.")
 
 
-def change(args, **changes):
+def with_changes(args, **changes):
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def of_all_ranks(args):
+def normal_args(args):
     """Return the arguments of normal training: it accumulates all ranks' batches."""
-    return change(args, grad_accum_steps=args.grad_accum_steps * dist.get_world_size())
+    return with_changes(
+        args, grad_accum_steps=args.grad_accum_steps * dist.get_world_size()
+    )
 
 
 def make_loaders(dataset, length, args, device):
@@ -352,21 +354,22 @@ def check(normal_model, ddp_model, dataset, args, device, store):
     step = args.batch_size * args.grad_accum_steps * world_size
     count = min(len(dataset), 2 * step + len(dataset) % step)
     indices = [number * len(dataset) // count for number in range(count)]  # spread
-    args = change(args, num_workers=0)
+    args = with_changes(args, num_workers=0)
     normal_loader, loader = make_loaders(indices, count, args, device)
-    normal = normal_model, normal_loader, dataset, device, of_all_ranks(args)
+    normal = normal_model, normal_loader, dataset, device, normal_args(args)
     expected = []
 
     def difference(*training):
         steps, differences = iter(expected), []
-        rehearse(
-            *training, lambda g: differences.append(distance(next(steps, None), g))
+        take_gradients(
+            *training,
+            lambda g: differences.append(relative_difference(next(steps, None), g)),
         )
         differences += [math.inf for _ in steps]  # if it takes too few steps
         return torch.tensor(differences).max().item()  # NaN, if one is
 
     if rank == 0:
-        rehearse(*normal, expected.append)
+        take_gradients(*normal, expected.append)
     wait_for_rank_0(store, "check")
     found = difference(ddp_model, loader, dataset, device, args)
     if rank > 0:
@@ -377,7 +380,8 @@ def check(normal_model, ddp_model, dataset, args, device, store):
         limit = 2e-2
     same, mixes = found < limit, mixes_samples(normal_model, dataset, args, device)
     if same:
-        text = f"DDP is right: its gradients are normal training's ({found:.1g})."
+        text = "DDP is right: its gradients are normal training's (difference"
+        text += f" {found:.1g})."
         if mixes:
             text += " Samples of a batch affect each other (as with BatchNorm): so it"
             text += f" does not train as one batch of {step:,} would. README: Mixing."
@@ -385,18 +389,18 @@ def check(normal_model, ddp_model, dataset, args, device, store):
         text = "The gradients are not finite: there is nothing to compare."
     elif difference(*normal) >= limit:
         same = None
-        text = "It cannot tell if DDP is right: normal training, repeated, has other"
+        text = "Cannot tell if DDP is right: normal training, repeated, has other"
         text += " gradients. README: Not repeatable."
     else:
-        text = f"DDP is WRONG: its gradients are not normal training's ({found:.1g})."
-        text += " README: Wrong."
+        text = "DDP is WRONG: its gradients are not normal training's (difference"
+        text += f" {found:.1g}). README: Wrong."
     print(textwrap.fill(text, 80))
     size = sum(p.numel() * p.element_size() for p in weights)
     figures = {"same_gradients": same, "gradient_difference": found}
     return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
 
 
-def rehearse(model, loader, dataset, device, args, keep, training=True, seed=0):
+def take_gradients(model, loader, dataset, device, args, keep, training=True, seed=0):
     """Call `keep` with the gradients of each step of train_loop; change nothing.
 
     `loader` has indices of `dataset`. All can be repeated: random numbers depend on a
@@ -474,7 +478,7 @@ def seed_generators(seed):
         sys.modules["numpy"].random.seed(seed)
 
 
-def distance(gradients, others):
+def relative_difference(gradients, others):
     """Return how far apart two vectors are, relative to the length of the first."""
     if gradients is None:
         return math.inf
@@ -493,19 +497,21 @@ def mixes_samples(model, dataset, args, device):
         return True
     count = min(len(dataset), max(2, min(args.batch_size, 16)))
     indices = [number * len(dataset) // count for number in range(count)]
-    args = change(args, precision="float32", grad_accum_steps=2)
+    args = with_changes(args, precision="float32", grad_accum_steps=2)
 
     def gradients(batch_size, seed=0):
         batches, kept = BatchSampler(range(count), batch_size, drop_last=False), []
         loader = make_loader(indices, batches, args, device)
-        rehearse(model, loader, dataset, device, args, kept.append, False, seed)
+        take_gradients(model, loader, dataset, device, args, kept.append, False, seed)
         return kept[0]
 
     try:
         whole = gradients(count)
-        if distance(whole, gradients(count, seed=1)) > 1e-3:
+        if relative_difference(whole, gradients(count, seed=1)) > 1e-3:
             return None  # there are random numbers in evaluation mode, too
-        return distance(whole, gradients(count * 3 // 4)) > 1e-2  # in two batches
+        return (
+            relative_difference(whole, gradients(count * 3 // 4)) > 1e-2
+        )  # in two batches
     except Exception:  # noqa: BLE001, not every model has a loss in evaluation mode
         return None
 
@@ -593,7 +599,7 @@ def verdict(run, args):
         how = "DDP is faster" if speedup > 1 else "DDP is slower"
     text = f"{how}: {speedup:.2f} times the speed of normal training"
     if low < high:
-        text += f" ({low:.2f} to {high:.2f})"
+        text += f" ({low:.2f} to {high:.2f} in single epochs)"
     if n == 1:
         return f"{text}. With one process, no speedup is possible."
     text += f", where {n} would be ideal."
@@ -609,8 +615,8 @@ def verdict(run, args):
         return text
     factor = next((k for k in (2, 4, 8) if k * alone >= 4 * sync), None)
     if factor is None or normal / alone < 1.3:
-        text += f" {alone:.2f} ms of work per {sync:.2f} ms of synchronising are too"
-        return f"{text} little to share: it takes a larger batch or model."
+        text += f" There is too little work to share ({alone:.2f} ms, for {sync:.2f} ms"
+        return f"{text} of synchronising): use a larger batch or model."
     gain = factor * normal / (factor * alone + sync)
     text += f" {factor} times as much work per synchronisation would make it about"
     text += f" {gain:.1f}: --grad_accum_steps {factor * args.grad_accum_steps}, or, if"

@@ -32,7 +32,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP would import it later: then the group stays, see DDP 9
+import torch.distributed.nn  # or DDP imports it later and keeps the group: see DDP 9
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel

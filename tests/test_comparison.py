@@ -49,7 +49,7 @@ def assert_right(case, result, limit):
     assert result["unchanged"], case
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_right_is_right(run_cases, world_size):
     """Whatever the job, in float32 and bfloat16, with a shorter last step and batch."""
     flags = ("", "--amp --dataset_length 61 --batch_size 5 --grad_accum_steps 3")
@@ -61,7 +61,7 @@ def test_right_is_right(run_cases, world_size):
     ]
     for name, (case, result) in zip(names, run_cases(world_size, cases)):
         assert_right((name, case), result, 1e-5)
-        mixed = RIGHT[name][1] if world_size > 1 else None
+        mixed = RIGHT[name][1]
         assert result["mixes_samples"] is mixed, (name, case, result)
         assert ("affect each other" in result["says"]) == bool(mixed)
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_repeated_is_not_called_wrong(run_cases):
     cases = [{"run": "check", **CNN_JOB, **job} for job in jobs]
     for case, result in run_cases(2, cases):
         assert result["same_gradients"] is None, (case, result)
-        assert "It cannot tell" in result["says"], (case, result)
+        assert "Cannot tell if DDP is right" in result["says"], (case, result)
 
 
 def test_samples_that_do_not_divide_are_not_mixed(run_cases):
@@ -138,7 +138,7 @@ def test_sync_batchnorm_is_refused(finish, variant):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_random_combinations_are_right(request, run_cases, world_size):
     """More: `pytest tests -k random_combinations --examples 1000`."""
     choose = random.Random(world_size).randint

@@ -169,7 +169,7 @@ def test_a_killed_run_resumes(start, finish, folder, ranks, backend, env):
     for name, tensor in whole["model"].items():
         assert torch.allclose(tensor, killed["model"][name], rtol=1e-3, atol=1e-4)
     finish(
-        torchrun(ranks), f"{LONG} --epochs 31 --snapshot_path killed.pt"
+        torchrun(ranks), f"{LONG} --epochs 21 --snapshot_path killed.pt"
     )  # on the CPU
 
 

@@ -85,12 +85,12 @@ def test_a_stuck_rank_ends_the_run(training, name):
 def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, variant):
     """The other ranks wait at the store, which has no part in --timeout."""
     code = "script.MyDataset = SlowSamples"
-    flags = "--timeout 2 --epochs 2 --dataset_length 5500 --batch_size 100"
+    flags = "--timeout 2 --epochs 1 --dataset_length 5500 --batch_size 100"
     run = finish(variant("ddp", code), flags)
     progress = r"^  batch \d+/\d+  loss [\d.]+  [\d,]+ samples/s$"
     assert re.search(progress, run.stdout, re.MULTILINE)  # after five seconds
     # Two processes sleep half as long each: faster, however busy the machine.
-    assert "DDP is faster" in run.stdout
+    assert side_by_side(run.stdout)[0][-1] > 1.3
 
 
 def test_one_restart_is_enough(start, folder):

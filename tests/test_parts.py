@@ -158,7 +158,10 @@ def step(data, compute, sync):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({}, "DDP is faster: 1.50 times the speed of normal training (1.40 to 1.60)"),
+        (
+            {},
+            "DDP is faster: 1.50 times the speed of normal training (1.40 to 1.60 in single epochs)",
+        ),
         ({"speedup": 0.5, "speedup_range": [0.4, 0.6]}, "DDP is slower: 0.50 times"),
         ({"speedup_range": [0.9, 1.8]}, "DDP makes no clear difference: 1.50 times"),
         ({"speedup": 1.08, "speedup_range": [1.01, 1.14]}, "no clear difference"),
@@ -169,16 +172,16 @@ def step(data, compute, sync):
         ({}, "where 2 would be ideal."),
         (step(1, 3, 0.9), "where 2 would be ideal."),
         # 2 x 4 >= 4 x 2: (2 x 7.5) / (2 x 4 + 2)
-        (step(1, 3, 2), "would make it about 1.5: --grad_accum_steps 6 or"),
+        (step(1, 3, 2), "would make it about 1.5: --grad_accum_steps 6, or"),
         (step(1, 3, 2), "--batch_size 20."),
         # 4 x 4 >= 4 x 4: (4 x 7.5) / (4 x 4 + 4)
-        (step(1, 3, 4), "would make it about 1.5: --grad_accum_steps 12 or"),
+        (step(1, 3, 4), "would make it about 1.5: --grad_accum_steps 12, or"),
         # 8 x 4 >= 4 x 8: (8 x 7.5) / (8 x 4 + 8)
-        (step(1, 3, 8), "would make it about 1.5: --grad_accum_steps 24 or"),
-        (step(1, 3, 8.1), "it takes a larger batch or model."),
-        (step(0.1, 0.2, 1.1), "it takes a larger batch or model."),
+        (step(1, 3, 8), "would make it about 1.5: --grad_accum_steps 24, or"),
+        (step(1, 3, 8.1), "use a larger batch or model."),
+        (step(0.1, 0.2, 1.1), "use a larger batch or model."),
         # Without synchronising, it would be 5 / 4 = 1.25: too little to share.
-        (dict(step(1, 3, 2), normal_step_ms=5.0), "it takes a larger batch or model."),
+        (dict(step(1, 3, 2), normal_step_ms=5.0), "use a larger batch or model."),
         (step(5, 1, 0.1), "Loading takes 5.00 of 6.10 ms: try --num_workers 2."),
     ],
 )

@@ -15,11 +15,11 @@ from conftest import (
 )
 
 README = (ROOT / "README.md").read_text()
-README = re.sub(r"\\\n +", "", README)
+NETWORK = (ROOT / "tests" / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def edit(path, *changes):
@@ -59,7 +59,7 @@ def paste(path, code):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_network_for_digits(finish, folder, name):
-    (code,) = blocks("python")
+    (code,) = blocks("python", NETWORK)
     paste(folder / SCRIPTS[name][-1], code)
     run = finish(SCRIPTS[name], "--epochs 8 --learning_rate 0.003")
     if name == "torchrun":
