@@ -382,9 +382,6 @@ def check(normal_model, ddp_model, dataset, args, device, store):
     if same:
         text = "DDP is right: its gradients are normal training's (difference"
         text += f" {found:.1g})."
-        if mixes:
-            text += " Samples of a batch affect each other (as with BatchNorm): so it"
-            text += f" does not train as one batch of {step:,} would. README: Mixing."
     elif math.isnan(found):
         text = "The gradients are not finite: there is nothing to compare."
     elif difference(*normal) >= limit:
@@ -395,6 +392,10 @@ def check(normal_model, ddp_model, dataset, args, device, store):
         text = "DDP is WRONG: its gradients are not normal training's (difference"
         text += f" {found:.1g}). README: Wrong."
     print(textwrap.fill(text, 80))
+    if same and mixes:
+        text = "Samples of a batch affect each other, as with BatchNorm: so it does not"
+        text += f" train as one batch of {step:,} does. README: Mixing."
+        print(textwrap.fill(text, 80))
     size = sum(p.numel() * p.element_size() for p in weights)
     figures = {"same_gradients": same, "gradient_difference": found}
     return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
