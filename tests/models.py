@@ -127,8 +127,11 @@ class SpectralCNN(CNN):
         nn.utils.parametrizations.spectral_norm(self[0])
 
     def forward(self, images):
-        first, rest = nn.Sequential(*list(self)[:4]), nn.Sequential(*list(self)[4:])
-        return rest(checkpoint(first, images, use_reentrant=False))
+        convolution, *layers = self
+        images = checkpoint(
+            nn.Sequential(*layers[:3]), convolution(images), use_reentrant=False
+        )
+        return nn.Sequential(*layers[3:])(images)
 
 
 class TeacherCNN(CNN):
@@ -556,7 +559,7 @@ class SlowDDP(DistributedDataParallel):
 
 def no_check(*_):
     """In place of ddp.py's check."""
-    return {}
+    return {"gradient_bytes": 0}
 
 
 def float16(*_):

@@ -30,6 +30,8 @@ RIGHT = {
         True,
     ),
 }
+if torch.__version__ < "2.13":  # older DDP with BatchNorm cannot be called twice
+    del RIGHT["siamese"]
 MIXED = {"augmented": True, "tied weights": True, "contrastive": True}
 RIGHT.update({name: (job, MIXED.get(name, False)) for name, job in JOBS.items()})
 DIFFICULT = {"MyModel": "SpectralCNN"}  # BatchNorm, dropout
