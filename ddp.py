@@ -6,18 +6,18 @@ process per GPU or, without GPUs, two that share the CPU; or compare several num
     python ddp.py
     python ddp.py --world_size 1 2 --batch_size 128
 
-This starts the processes itself. They take turns. In every epoch, one of them trains
-normally, as with one device: it takes the batches of all ranks, one after the other, and
-accumulates their gradients. Then all train the same steps with DDP, each rank on its own
-batches. They meet at MASTER_ADDR and MASTER_PORT, from the environment or a file .env.
+This starts the processes itself. In every epoch, the first of them trains normally, as
+with one device: it takes the batches of all ranks, one after the other, and accumulates
+their gradients. Then all train the same steps with DDP, each rank on its own batches.
+They meet at MASTER_ADDR and MASTER_PORT, from the environment or a file .env.
 
 To check your own model, replace MyDataset, MyModel and compute_loss (and collate, where
-samples cannot simply be stacked). Nothing else in this file looks into a batch.
+samples cannot simply be stacked). Nothing else depends on what is in a batch.
 
-A rank is one process, or its number; the world size is their number. A collective is a
-call by which ranks exchange data: every rank must make it, or the others hang. Comments
-"DDP 1" to "DDP 9" mark the steps that make ordinary training distributed, in the order
-of time: the last, DDP 9, is at the end of worker.
+A rank is a process's number, or the process; the world size is how many there are. A
+collective is a call by which ranks exchange data: all ranks must make it, or the others
+hang. Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, in the
+order in which it runs: the last, DDP 9, is at the end of worker.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # or DDP imports it later and keeps the group: see DDP 9
+import torch.distributed.nn  # if DDP imports it later, the group stays: see DDP 9
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -50,7 +50,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 
 class MyDataset(Dataset):
-    """Random inputs of shape (size,) and labels 0 or 1; others for validation."""
+    """Random inputs of shape (size,) and labels 0 or 1; train=False: different ones."""
 
     def __init__(self, length, size, seed=0, train=True):
         generator = torch.Generator().manual_seed(2 * seed + train)
@@ -65,7 +65,7 @@ class MyDataset(Dataset):
 
     def __getitems__(self, indices):
         """Return a batch. Optional: for data in memory, much faster than one by one."""
-        # From a list, torch.tensor(indices) would be slower than the rest of the read.
+        # torch.tensor(indices) would take longer than reading the rows.
         rows = torch.frombuffer(array("q", indices), dtype=torch.int64)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -111,7 +111,7 @@ def main():
     try:
         for world_size, backend in zip(args.world_size, backends):
             args.backend = backend
-            # DDP 1: launch one process per device. They inherit an ignored SIGINT, as
+            # DDP 1: launch the processes, best one per device. They ignore SIGINT, as
             # Ctrl-C reaches all processes: this one alone reacts, and ends the others.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             name = f"run {len(runs)}"  # of its part of the store
@@ -152,7 +152,7 @@ def worker(rank, world_size, args, parent, host, port, name):
     device = choose_device(rank)
     timeout = timedelta(seconds=args.timeout)
     store = dist.PrefixStore(name, dist.TCPStore(host, port, timeout=timeout))
-    if rank == 0:  # all compute in what rank 0 chooses: other GPUs may choose otherwise
+    if rank == 0:  # it chooses for all ranks, as their GPUs may differ
         store.set("precision", choose_precision(args.amp, device))
     args.precision = store.get("precision").decode()
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
@@ -185,7 +185,7 @@ def compare(rank, world_size, args, device, store):
     figures = check(normal_model, ddp_model, dataset, args, device, store)
 
     # DDP 4: shard. Each rank reads its own part of the dataset. DistributedSampler makes
-    # the parts equal: it repeats a few samples. Normal training reads the parts of all.
+    # the parts equal: it repeats a few samples. Normal training reads all ranks' parts.
     normal_loader, loader = make_loaders(dataset, len(dataset), args, device)
     torch.manual_seed(args.seed + rank)  # workers that start now augment differently
     if rank == 0:
@@ -241,7 +241,7 @@ def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
     begin = last_print = time.perf_counter()
     for number, batch in enumerate(loader):
         if number % accum == 0:
-            # A step begins. How many samples will it have? An epoch's last has the rest.
+            # A step begins. How many samples will it have? The last has what is left.
             step_samples = min(accum * batch_size, length - number * batch_size)
         step_ends = (number + 1) % accum == 0 or number + 1 == batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
@@ -347,8 +347,8 @@ def wait_for_rank_0(store, name):
 def check(normal_model, ddp_model, dataset, args, device, store):
     """Is DDP right? Print the answer; return figures. Nothing is trained or changed.
 
-    It compares gradients, with the first weights: of two optimizer steps and of one like
-    an epoch's last. (In training, rounding grows: even right weights become different.)
+    It compares the gradients of up to two whole steps and of one like an epoch's last,
+    with the first weights. (In training, rounding grows: even right weights differ.)
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     step = args.batch_size * args.grad_accum_steps * world_size
@@ -402,11 +402,11 @@ def check(normal_model, ddp_model, dataset, args, device, store):
 
 
 def take_gradients(model, loader, dataset, device, args, keep, training=True, seed=0):
-    """Call `keep` with the gradients of each step of train_loop; change nothing.
+    """Call `keep` with the gradients of each step of train_loop; train nothing.
 
-    `loader` has indices of `dataset`. All can be repeated: random numbers depend on a
-    sample's index while it is read, and start anew for each batch (dropout); and what is
-    not trained (BatchNorm's statistics, frozen weights) has its first values then.
+    `loader` has indices of `dataset`. Everything is repeatable: random numbers depend on
+    a sample's index while it is read, and start anew for each batch (dropout); what is
+    not trained (BatchNorm's statistics, frozen weights) gets its first values again.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -537,7 +537,7 @@ def measure_step(model, dataset, step_ms, args, device):
     """Return where the time of a DDP step goes, in ms; afterwards, `model` is useless.
 
     Times three loops, in turns: as in training; without averaging gradients; and also
-    without loading, with one batch that stays on the device. (`step_ms`: about that.)
+    without loading, with one batch on the device. (`step_ms` sets for how long.)
     """
     steps = [max(5, int(60 / step_ms))]
     dist.broadcast_object_list(steps)  # rank 0's, for all
@@ -644,7 +644,7 @@ def choose_device(local_rank):
 
 
 def choose_precision(amp, device):
-    """Return what to compute in: float16 where a GPU would only emulate bfloat16."""
+    """Return a type's name: float16 for --amp where a GPU would emulate bfloat16."""
     if not amp:
         return "float32"
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -652,7 +652,7 @@ def choose_precision(amp, device):
 
 
 def make_optimizer(model, learning_rate):
-    """Return Adam, from PyTorch 2.4 on the fused one, which is faster."""
+    """Return Adam: from PyTorch 2.4 on, the fused one, which is faster."""
     fused = torch.__version__ >= "2.4"  # compares versions, not strings
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
@@ -762,7 +762,7 @@ def make_parser():
 
 def choose_backend(backend, local_world_size, refuse):
     """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
-    # device_count() alone may count GPUs that do not work.
+    # device_count() alone may count GPUs that cannot be used.
     usable = torch.cuda.is_available() and dist.is_nccl_available()
     if backend == "nccl" and not usable:
         refuse("--backend nccl needs a CUDA GPU; use --backend gloo")

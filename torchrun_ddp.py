@@ -2,19 +2,19 @@ r"""Train with DistributedDataParallel (DDP). torchrun starts this file in each 
 
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
-"auto" is one process per GPU or, without GPUs, per core. On two machines with 8 GPUs, run
-this on the first, whose address is 10.0.0.1, and with --node_rank=1 on the second:
+"auto" is one process per GPU or, without GPUs, per core. On two machines with 8 GPUs
+each, run this on the first (here 10.0.0.1), and with --node_rank=1 on the second:
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
         --master_port=29500 torchrun_ddp.py
 
 To train your own model, replace MyDataset, MyModel and compute_loss (and collate, where
-samples cannot simply be stacked). Nothing else in this file looks into a batch.
+samples cannot simply be stacked). Nothing else depends on what is in a batch.
 
-A rank is one process, or its number; the world size is their number. A collective is a
-call by which ranks exchange data: every rank must make it, or the others hang. Comments
-"DDP 1" to "DDP 9" mark the steps that make ordinary training distributed, in the order
-of time: the last, DDP 9, is at the end of main.
+A rank is a process's number, or the process; the world size is how many there are. A
+collective is a call by which ranks exchange data: all ranks must make it, or the others
+hang. Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, in the
+order in which it runs: the last, DDP 9, is at the end of main.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # or DDP imports it later and keeps the group: see DDP 9
+import torch.distributed.nn  # if DDP imports it later, the group stays: see DDP 9
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +40,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 
 class MyDataset(Dataset):
-    """Random inputs of shape (size,) and labels 0 or 1; others for validation."""
+    """Random inputs of shape (size,) and labels 0 or 1; train=False: different ones."""
 
     def __init__(self, length, size, seed=0, train=True):
         generator = torch.Generator().manual_seed(2 * seed + train)
@@ -55,7 +55,7 @@ class MyDataset(Dataset):
 
     def __getitems__(self, indices):
         """Return a batch. Optional: for data in memory, much faster than one by one."""
-        # From a list, torch.tensor(indices) would be slower than the rest of the read.
+        # torch.tensor(indices) would take longer than reading the rows.
         rows = torch.frombuffer(array("q", indices), dtype=torch.int64)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -140,13 +140,13 @@ def train(args, device):
     seconds = 0
     for epoch in range(epochs_done, args.epochs):
         sampler.set_epoch(epoch)  # DDP 5: reshuffle, or every epoch has the same order
-        # Dropout and augmentation: other random numbers on each rank, in each epoch.
+        # For dropout and augmentation: different on each rank, and in each epoch.
         torch.manual_seed(args.seed + epoch * world_size + rank)
         # DDP 6 and 7, synchronise and measure globally, are in train_loop.
         result = train_loop(model, loader, optimizer, scaler, device, args, after_step)
         sampler.skip = 0  # later epochs are whole
         seconds += result.seconds
-        if rank == 0:  # DDP 8: rank 0 alone prints and saves
+        if rank == 0:  # DDP 8: rank 0 alone reports and saves
             rate = format_rate(result.samples, result.seconds)
             print(
                 f"epoch {epoch + 1}/{args.epochs}  loss {result.loss:.4f}"
@@ -181,7 +181,7 @@ def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
     begin = last_print = time.perf_counter()
     for number, batch in enumerate(loader):
         if number % accum == 0:
-            # A step begins. How many samples will it have? An epoch's last has the rest.
+            # A step begins. How many samples will it have? The last has what is left.
             step_samples = min(accum * batch_size, length - number * batch_size)
         step_ends = (number + 1) % accum == 0 or number + 1 == batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
@@ -224,10 +224,10 @@ EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")  # of a
 def evaluate(model, loader, device, args):
     """Return the mean loss and the accuracy (0 to 1) over the samples of all ranks.
 
-    Give it the model inside DDP. DDP itself synchronises buffers in each forward pass:
-    it would hang where ranks have unequal numbers of batches.
+    Pass it model.module, without DDP: in each forward pass, DDP synchronises buffers, and
+    would hang where ranks have unequal numbers of batches.
     """
-    for buffer in model.buffers():  # BatchNorm's statistics: rank 0's, as in a snapshot
+    for buffer in model.buffers():  # BatchNorm's: use rank 0's, which are what is saved
         dist.broadcast(buffer, 0)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, samples
     model.eval()
@@ -252,7 +252,7 @@ def choose_device(local_rank):
 
 
 def choose_precision(amp, device):
-    """Return what to compute in: float16 where a GPU would only emulate bfloat16."""
+    """Return a type's name: float16 for --amp where a GPU would emulate bfloat16."""
     if not amp:
         return "float32"
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -266,7 +266,7 @@ def join(args, device):
     # torchrun's store survives restarts, with addresses of dead ranks: use new keys.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    if rank == 0:  # all compute in what rank 0 chooses: other GPUs may choose otherwise
+    if rank == 0:  # it chooses for all ranks, as their GPUs may differ
         store.set("precision", choose_precision(args.amp, device))
     args.precision = store.get("precision").decode()
     if os.environ["LOCAL_RANK"] == "0":
@@ -278,7 +278,7 @@ def join(args, device):
 
 
 def make_optimizer(model, learning_rate):
-    """Return Adam, from PyTorch 2.4 on the fused one, which is faster."""
+    """Return Adam: from PyTorch 2.4 on, the fused one, which is faster."""
     fused = torch.__version__ >= "2.4"  # compares versions, not strings
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
@@ -383,16 +383,16 @@ def load_snapshot(args, model, optimizer, scaler):
             snapshot, state = None, {}
     message = [snapshot, list(state)]
     dist.broadcast_object_list(message)
-    snapshot, parameters = message
+    snapshot, keys = message
     if snapshot is None:
         dist.destroy_process_group()
         sys.exit(1)
     # The optimizer's state follows, one parameter at a time: NCCL sends through GPU
     # memory, and resuming must not need more of it than training.
-    for parameter in parameters:
-        part = [state.get(parameter)]
+    for key in keys:  # of the parameters
+        part = [state.get(key)]
         dist.broadcast_object_list(part)
-        state[parameter] = part[0]
+        state[key] = part[0]
     if rank > 0 and "optimizer" in snapshot:
         optimizer.load_state_dict({**snapshot["optimizer"], "state": state})
     if snapshot["scaler"]:  # empty, if the GPUs that saved it needed none
@@ -432,7 +432,7 @@ def make_parser():
 
 def choose_backend(backend, local_world_size, refuse):
     """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
-    # device_count() alone may count GPUs that do not work.
+    # device_count() alone may count GPUs that cannot be used.
     usable = torch.cuda.is_available() and dist.is_nccl_available()
     if backend == "nccl" and not usable:
         refuse("--backend nccl needs a CUDA GPU; use --backend gloo")
@@ -442,7 +442,7 @@ def choose_backend(backend, local_world_size, refuse):
 
 def parse_args():
     parser, add = make_parser()
-    add("--save_every", int, 0, 0, "also save after every N optimizer steps")
+    add("--save_every", int, 0, 0, "also save after N, 2N, ... steps of an epoch")
     help = "save to FILE after every epoch, and resume from it if it exists"
     parser.add_argument("--snapshot_path", metavar="FILE", help=help)
     args = parser.parse_args()
