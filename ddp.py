@@ -157,6 +157,13 @@ def worker(rank, world_size, args, parent, host, port, name):
     args.precision = store.get("precision").decode()
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     dist.init_process_group(args.backend, **group)
+    args.global_batch_size = args.batch_size * args.grad_accum_steps * world_size
+    if rank == 0:
+        batch = f"global batch {args.global_batch_size:,}"
+        print(f"\nworld size {world_size}, {batch}, {args.precision}")
+        if device.type == "cpu":
+            share = f"{torch.get_num_threads()} of {args.cores} cores"
+            print(f"Each process stands for a device, with {share}.")
     compare(rank, world_size, args, device, store)
     # DDP 9: leave, once the DDP model of compare is freed: if anything holds the group,
     # Gloo can abort at exit (https://github.com/pytorch/pytorch/issues/190489).
@@ -181,57 +188,59 @@ def compare(rank, world_size, args, device, store):
         torch.manual_seed(args.seed)
         normal_model = MyModel(args.input_size).to(device)
         normal_model.load_state_dict(model.state_dict())
-        print_head(args, world_size)
-    figures = check(normal_model, ddp_model, dataset, args, device, store)
+    normal_args = copy.copy(args)
+    normal_args.grad_accum_steps *= world_size  # all ranks' batches, in turn
+    models = (normal_model, normal_args), (ddp_model, args)
+    figures = check(*models, dataset, device, store)
 
     # DDP 4: shard. Each rank reads its own part of the dataset. DistributedSampler makes
     # the parts equal: it repeats a few samples. Normal training reads all ranks' parts.
-    normal_loader, loader = make_loaders(dataset, len(dataset), args, device)
+    batch_samplers = make_batch_samplers(len(dataset), args)
+    loaders = [make_loader(dataset, each, args, device) for each in batch_samplers]
     torch.manual_seed(args.seed + rank)  # workers that start now augment differently
     if rank == 0:
-        normal = prepare(normal_model, normal_loader, device, normal_args(args))
-    ddp = prepare(ddp_model, loader, device, args)
+        normal_training = prepare(normal_model, loaders[0], device, normal_args)
+    ddp_training = prepare(ddp_model, loaders[1], device, args)
     normal_epochs, ddp_epochs = [], []  # what train_loop returned
     for epoch in range(args.epochs):
-        # DDP 5: reshuffle, or every epoch has the same order.
-        for each in (normal_loader, loader):
-            each.batch_sampler.sampler.set_epoch(epoch)
+        for each in batch_samplers:
+            each.sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs are alike
         # DDP 6 and 7, synchronise and measure globally, are in train_loop.
         if rank == 0:
             torch.manual_seed(args.seed + epoch)  # for dropout and augmentation
-            normal_epochs.append(train_loop(*normal))
+            normal_epochs.append(train_loop(*normal_training))
         wait_for_rank_0(store, f"epoch {epoch}")
         torch.manual_seed(args.seed + epoch * world_size + rank)
-        ddp_epochs.append(train_loop(*ddp))
+        ddp_epochs.append(train_loop(*ddp_training))
         if rank == 0:  # DDP 8: rank 0 alone prints
             print_epochs(epoch, args.epochs, normal_epochs[-1], ddp_epochs[-1])
     if rank == 0:
         weights = zip(normal_model.state_dict().values(), model.state_dict().values())
         differences = [(a.double() - b.double()).abs().max().item() for a, b in weights]
         figures["max_weight_difference"] = max(differences)
-    steps = args.epochs * math.ceil(len(loader) / args.grad_accum_steps)
+    steps = args.epochs * math.ceil(len(loaders[1]) / args.grad_accum_steps)
     step_ms = sum(result.seconds for result in ddp_epochs) / steps * 1000
-    parts = measure_step(ddp_model, dataset, step_ms, args, device)
+    figures["ddp_step_ms"] = measure_step(ddp_model, dataset, step_ms, args, device)
     if rank == 0:
-        figures.update(summarise(normal_epochs, ddp_epochs, steps, parts))
-        samples = args.batch_size * args.grad_accum_steps * world_size
+        figures.update(summarise(normal_epochs, ddp_epochs))
+        figures["normal_step_ms"] = step_ms * figures["speedup"]
+        figures.update(world_size=world_size, global_batch_size=args.global_batch_size)
         figures.update(backend=args.backend, precision=args.precision)
-        figures["global_batch_size"] = samples
         print_report(figures, args)
         store.set("figures", json.dumps(figures))
 
 
-def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
+def train_loop(model, loader, optimizer, scaler, device, args, on_step=None):
     """Train one epoch. Without DDP around `model`, this is ordinary training.
 
     A step takes `batch_size` x `grad_accum_steps` samples of each rank: together, the
     global batch, to which the learning rate has to fit. After each step but the last,
-    calls `after_step(steps, samples)` with the numbers done so far, of all ranks.
+    calls `on_step(steps, samples)` with the numbers done so far, of all ranks.
     """
-    no_sync = getattr(model, "no_sync", nullcontext)  # only DDP has it
-    world_size = 1 if no_sync is nullcontext else dist.get_world_size()
+    is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
     autocast = make_autocast(args.precision, device)
-    batches, accum = len(loader), args.grad_accum_steps
+    num_batches, accum = len(loader), args.grad_accum_steps
     batch_size = loader.batch_sampler.batch_size
     length = len(loader.batch_sampler.sampler)  # samples of this rank
     # Sums stay on the device: reading one, with .item(), waits for the GPU.
@@ -239,35 +248,36 @@ def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
     done = 0
     model.train()
     begin = last_print = time.perf_counter()
-    for number, batch in enumerate(loader):
-        if number % accum == 0:
+    for number, batch in enumerate(loader, 1):
+        if (number - 1) % accum == 0:
             # A step begins. How many samples will it have? The last has what is left.
-            step_samples = min(accum * batch_size, length - number * batch_size)
-        step_ends = (number + 1) % accum == 0 or number + 1 == batches
+            step_samples = min(accum * batch_size, length - (number - 1) * batch_size)
+        step_ends = number % accum == 0 or number == num_batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass as well, it
         # averages nothing: once per step is enough.
-        with nullcontext() if step_ends else no_sync():
+        with model.no_sync() if is_ddp and not step_ends else nullcontext():
             with autocast:
                 loss, count, right = compute_loss(model, to_device(batch, device))
             assert count <= batch_size, "compute_loss must count samples, not tokens"
             # With this factor, each sample of the step weighs the same.
             scaler.scale(loss * (count / step_samples)).backward()
         done += count
-        loss_sum.add_(loss.detach(), alpha=count)
-        right_sum += right
+        with torch.no_grad():
+            loss_sum.add_(loss, alpha=count)
+            right_sum += right
         if step_ends:
             scaler.unscale_(optimizer)  # after this, gradients can be clipped
             scaler.step(optimizer)  # with the same gradients on all ranks
             scaler.update()
             optimizer.zero_grad()
-            if after_step and number + 1 < batches:
-                after_step((number + 1) // accum, done * world_size)
-        if time.perf_counter() - last_print > 5 and dist.get_rank() == 0:
+            if on_step and number < num_batches:
+                on_step(number // accum, done * world_size)
+        if time.perf_counter() - last_print > 5 and rank == 0:
+            loss = loss_sum.item() / done
             last_print = time.perf_counter()
             rate = format_rate(done * world_size, last_print - begin)
-            loss = loss_sum.item() / done
-            print(f"  batch {number + 1}/{batches}  loss {loss:.4f}  {rate} samples/s")
+            print(f"  batch {number}/{num_batches}  loss {loss:.4f}  {rate} samples/s")
     assert done == length, f"compute_loss counted {done} samples instead of {length}"
     # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
     totals = torch.stack([loss_sum, right_sum, loss_sum.new_tensor(done)])
@@ -281,36 +291,14 @@ def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
 EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")  # of all ranks
 
 
-def print_head(args, world_size):
-    batch = args.batch_size * args.grad_accum_steps * world_size
-    print(f"\nworld size {world_size}, global batch {batch:,}, {args.precision}")
-    if not torch.cuda.is_available():
-        share = f"{torch.get_num_threads()} of {args.cores} cores"
-        print(f"Each process stands for a device, with {share}.")
-
-
-def with_changes(args, **changes):
-    return argparse.Namespace(**{**vars(args), **changes})
-
-
-def normal_args(args):
-    """Return the arguments of normal training: it accumulates all ranks' batches."""
-    batches = args.grad_accum_steps * dist.get_world_size()
-    return with_changes(args, grad_accum_steps=batches)
-
-
-def make_loaders(dataset, length, args, device):
-    """Return two loaders of the first `length` samples: normal training's, this rank's.
-
-    The first takes all samples, and repeats those that the ranks' samplers repeat.
-    """
+def make_batch_samplers(length, args):
+    """Return those of normal training and of this rank, for `length` samples."""
     ours = DistributedSampler(range(length), seed=args.seed)
     everything = DistributedSampler(range(length), 1, 0, seed=args.seed)
+    # It repeats the samples that the ranks' samplers repeat.
     everything.num_samples = everything.total_size = ours.total_size
-    batches = BatchesOfAllRanks(everything, args.batch_size, drop_last=False)
-    normal_loader = make_loader(dataset, batches, args, device)
-    batches = BatchSampler(ours, args.batch_size, drop_last=False)
-    return normal_loader, make_loader(dataset, batches, args, device)
+    normal = BatchesOfAllRanks(everything, args.batch_size, drop_last=False)
+    return normal, BatchSampler(ours, args.batch_size, drop_last=False)
 
 
 class BatchesOfAllRanks(BatchSampler):
@@ -344,59 +332,61 @@ def wait_for_rank_0(store, name):
     store.wait([name], timedelta(days=20))
 
 
-def check(normal_model, ddp_model, dataset, args, device, store):
+def check(normal, ddp, dataset, device, store):
     """Is DDP right? Print the answer; return figures. Nothing is trained or changed.
 
-    It compares the gradients of up to two whole steps and of one like an epoch's last,
-    with the first weights. (In training, rounding grows: even right weights differ.)
+    `normal` and `ddp`: a model and its args. Compares the gradients of up to two whole
+    steps and of one like an epoch's last, with the first weights. (In training, rounding
+    grows: even right weights differ.)
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    step = args.batch_size * args.grad_accum_steps * world_size
+    (normal_model, normal_args), (ddp_model, args) = normal, ddp
+    step = args.global_batch_size
     count = min(len(dataset), 2 * step + len(dataset) % step)
     indices = [number * len(dataset) // count for number in range(count)]  # spread
-    args = with_changes(args, num_workers=0)
-    normal_loader, loader = make_loaders(indices, count, args, device)
-    normal = normal_model, normal_loader, dataset, device, normal_args(args)
-    expected = []
+    batch_samplers = make_batch_samplers(count, args)
+    loaders = [DataLoader(indices, batch_sampler=each) for each in batch_samplers]
+    normal = normal_model, loaders[0], dataset, device, normal_args
+    expected = []  # normal training's gradients, of each step
 
     def difference(*training):
         steps, differences = iter(expected), []
-        take_gradients(
-            *training,
-            lambda g: differences.append(relative_difference(next(steps, None), g)),
-        )
+
+        def compare_step(gradients):
+            differences.append(relative_difference(next(steps, None), gradients))
+
+        take_gradients(*training, compare_step)
         differences += [math.inf for _ in steps]  # if it takes too few steps
         return torch.tensor(differences).max().item()  # NaN, if one is
 
-    if rank == 0:
+    if dist.get_rank() == 0:
         take_gradients(*normal, expected.append)
     wait_for_rank_0(store, "check")
-    found = difference(ddp_model, loader, dataset, device, args)
-    if rank > 0:
+    found = difference(ddp_model, loaders[1], dataset, device, args)
+    if dist.get_rank() > 0:
         return {}
-    weights = [p for p in ddp_model.parameters() if p.requires_grad]
+    trained = [p for p in ddp_model.parameters() if p.requires_grad]
     limit = 1e-2 if device.type == "cuda" else 1e-4
-    if args.precision != "float32" or min(p.element_size() for p in weights) < 4:
+    if args.precision != "float32" or min(p.element_size() for p in trained) < 4:
         limit = 2e-2
     same, mixes = found < limit, mixes_samples(normal_model, dataset, args, device)
+    gap = f"(difference {found:.1g})"
     if same:
-        text = "DDP is right: its gradients are normal training's (difference"
-        text += f" {found:.1g})."
-    elif math.isnan(found):
+        text = f"DDP is right: its gradients are normal training's {gap}."
+    elif not all(gradients.isfinite().all() for gradients in expected):
         text = "The gradients are not finite: there is nothing to compare."
     elif difference(*normal) >= limit:
         same = None
         text = "Cannot tell if DDP is right: normal training, repeated, has other"
         text += " gradients. README: Not repeatable."
     else:
-        text = "DDP is WRONG: its gradients are not normal training's (difference"
-        text += f" {found:.1g}). README: Wrong."
-    print(textwrap.fill(text, 80))
+        text = f"DDP is WRONG: its gradients are not normal training's {gap}."
+        text += " README: Wrong."
     if same and mixes:
-        text = "Samples of a batch affect each other, as with BatchNorm: so it does not"
-        text += f" train as one batch of {step:,} does. README: Mixing."
-        print(textwrap.fill(text, 80))
-    size = sum(p.numel() * p.element_size() for p in weights)
+        text += "\nSamples of a batch affect each other, as with BatchNorm: so it does"
+        text += f" not train as one batch of {step:,} does. README: Mixing."
+    for line in text.splitlines():
+        print(textwrap.fill(line, 80))
+    size = sum(p.numel() * p.element_size() for p in trained)
     figures = {"same_gradients": same, "gradient_difference": found}
     return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
 
@@ -417,7 +407,6 @@ def take_gradients(model, loader, dataset, device, args, keep, training=True, se
     first = {name: value.clone() for name, value in not_trained().items()}
 
     def reset():
-        seed_generators(seed)
         with torch.no_grad():
             for name, value in not_trained().items():
                 value.copy_(first.get(name, value))
@@ -439,19 +428,17 @@ def take_gradients(model, loader, dataset, device, args, keep, training=True, se
             return loss * factor
 
         def unscale_(self, _):
-            for parameter in trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.div_(factor)
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(factor)
 
         def step(self, _):
             keep(torch.cat([p.grad.flatten().cpu() for p in trained]))
 
-        def zero_grad(self):
-            for parameter in trained:
-                parameter.grad = None
+        def update(self):
+            pass
 
-        update = zero_grad
+        def zero_grad(self):
+            model.zero_grad()
 
     # DDP divides by the ranks after the backward pass: so does this, to round alike.
     factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
@@ -465,7 +452,7 @@ def take_gradients(model, loader, dataset, device, args, keep, training=True, se
         finally:
             reset()
             model.train()
-            StandIn().zero_grad()
+            model.zero_grad()
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
@@ -498,11 +485,12 @@ def mixes_samples(model, dataset, args, device):
         return True
     count = min(len(dataset), max(2, min(args.batch_size, 16)))
     indices = [number * len(dataset) // count for number in range(count)]
-    args = with_changes(args, precision="float32", grad_accum_steps=2)
+    args = copy.copy(args)
+    args.precision, args.grad_accum_steps = "float32", 2
 
     def gradients(batch_size, seed=0):
         batches, kept = BatchSampler(range(count), batch_size, drop_last=False), []
-        loader = make_loader(indices, batches, args, device)
+        loader = DataLoader(indices, batch_sampler=batches)
         take_gradients(model, loader, dataset, device, args, kept.append, False, seed)
         return kept[0]
 
@@ -510,9 +498,8 @@ def mixes_samples(model, dataset, args, device):
         whole = gradients(count)
         if relative_difference(whole, gradients(count, seed=1)) > 1e-3:
             return None  # there are random numbers in evaluation mode, too
-        return (
-            relative_difference(whole, gradients(count * 3 // 4)) > 1e-2
-        )  # in two batches
+        in_two_batches = gradients(count * 3 // 4)
+        return relative_difference(whole, in_two_batches) > 1e-2
     except Exception:  # noqa: BLE001, not every model has a loss in evaluation mode
         return None
 
@@ -529,57 +516,52 @@ def print_epochs(epoch, epochs, normal, ddp):
     print(f"{line}{normal.seconds / ddp.seconds:8.2f}")
 
 
-class KeptBatches(list):
-    """In place of a loader: batches that are on the device already."""
-
-
 def measure_step(model, dataset, step_ms, args, device):
-    """Return where the time of a DDP step goes, in ms; afterwards, `model` is useless.
+    """Return where a DDP step's time, `step_ms`, goes; afterwards, `model` is useless.
 
     Times three loops, in turns: as in training; without averaging gradients; and also
-    without loading, with one batch on the device. (`step_ms` sets for how long.)
+    without loading, with one batch on the device.
     """
     steps = [max(5, int(60 / step_ms))]
-    dist.broadcast_object_list(steps)  # rank 0's, for all
-    samples = steps[0] * args.batch_size * args.grad_accum_steps * dist.get_world_size()
-    loader = make_loaders(dataset, min(samples, len(dataset)), args, device)[1]
-    whole = prepare(model, loader, device, args)
-    kept = KeptBatches([to_device(next(iter(loader)), device)] * len(loader))
-    size = min(args.batch_size, len(loader.batch_sampler.sampler))
-    kept.batch_sampler = BatchSampler(range(size * len(loader)), size, drop_last=False)
+    dist.broadcast_object_list(steps, 0)  # rank 0's, for all
+    samples = min(steps[0] * args.global_batch_size, len(dataset))
+    batch_sampler = make_batch_samplers(samples, args)[1]
+    loader = make_loader(dataset, batch_sampler, args, device)
+    training = prepare(model, loader, device, args)
+    batch = to_device(next(iter(loader)), device)
+    size = min(args.batch_size, len(batch_sampler.sampler))
+    indices = range(size * len(loader))
+
+    class Kept(list):  # in place of a loader
+        batch_sampler = BatchSampler(indices, size, drop_last=False)
 
     def seconds(loader, context):
         with context(), redirect_stdout(None):
-            return train_loop(model, loader, *whole[2:]).seconds
+            return train_loop(model, loader, *training[2:]).seconds
 
-    no_sync = getattr(model, "no_sync", nullcontext)
-    loops = (loader, nullcontext), (loader, no_sync), (kept, no_sync)
+    kept = Kept([batch] * len(loader))
+    loops = (loader, nullcontext), (loader, model.no_sync), (kept, model.no_sync)
     turns = 6 if steps[0] > 5 else 3  # the same on all ranks
     rounds = [[seconds(*loop) for loop in loops] for _ in range(turns)]
-    medians = [statistics.median(times) for times in zip(*rounds[1:])]
-    n = math.ceil(len(loader) / args.grad_accum_steps)
-    whole, local, compute = (median * 1000 / n for median in medians)
+    whole, local, compute = (statistics.median(times) for times in zip(*rounds[1:]))
     local = min(local, whole)  # or noise could make a part negative
     compute = min(compute, local)
-    return {"data": local - compute, "compute": compute, "sync": whole - local}
+    parts = {"data": local - compute, "compute": compute, "sync": whole - local}
+    return {name: step_ms * part / whole for name, part in parts.items()}
 
 
-def summarise(normal_epochs, ddp_epochs, steps, parts):
-    """Return the figures of both trainings, of `steps` optimizer steps each."""
-    n, figures = dist.get_world_size(), {}
+def summarise(normal_epochs, ddp_epochs):
+    """Return the figures of both trainings, from what train_loop returned."""
+    figures = {}
     for way, epochs in (("normal", normal_epochs), ("ddp", ddp_epochs)):
         _, _, samples, seconds = map(sum, zip(*epochs))
         rate, last = samples / seconds, epochs[-1]
         figures[way] = {"seconds": seconds, "samples_per_second": rate}
         figures[way].update(loss=last.loss, accuracy=last.accuracy)
     speedup = figures["normal"]["seconds"] / figures["ddp"]["seconds"]
+    figures.update(speedup=speedup, efficiency=speedup / dist.get_world_size())
     ratios = [a.seconds / b.seconds for a, b in zip(normal_epochs, ddp_epochs)]
-    figures.update(speedup=speedup, speedup_range=[min(ratios), max(ratios)])
-    figures.update(world_size=n, efficiency=speedup / n)
-    # The parts as shares of a step in the training, so that all figures agree.
-    scale = figures["ddp"]["seconds"] / steps * 1000 / sum(parts.values())
-    figures["ddp_step_ms"] = {name: ms * scale for name, ms in parts.items()}
-    return dict(figures, normal_step_ms=figures["normal"]["seconds"] / steps * 1000)
+    return dict(figures, speedup_range=[min(ratios), max(ratios)])
 
 
 def print_report(run, args):
@@ -672,11 +654,11 @@ def make_autocast(precision, device):
     return torch.autocast(device.type, getattr(torch, precision))
 
 
-def make_loader(dataset, batches, args, device):
-    """Return a DataLoader; `batches` is a BatchSampler."""
+def make_loader(dataset, batch_sampler, args, device):
+    """Return a DataLoader of the batches whose indices a BatchSampler gives."""
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,  # or each epoch starts them again
@@ -717,17 +699,15 @@ def open_store(refuse):
     except (OSError, OverflowError, ValueError) as reason:
         refuse(f"cannot listen at MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
     host, port = server.getsockname()[:2]
-    options = {"is_master": True, "wait_for_workers": False}
+    options, listening = {"is_master": True, "wait_for_workers": False}, server.detach()
     try:
         # Given this socket, the store listens at this address only. (In PyTorch 2.6,
         # libuv, the default, cannot take one.)
-        socket_options = {"master_listen_fd": server.fileno(), "use_libuv": False}
-        store = dist.TCPStore(host, port, **options, **socket_options)
-        server.detach()
+        given = {"master_listen_fd": listening, "use_libuv": False}
+        return dist.TCPStore(host, port, **options, **given)
     except TypeError:  # older than that option, as PyTorch 2.0
-        server.close()
-        store = dist.TCPStore(host, port, **options)
-    return store
+        os.close(listening)
+        return dist.TCPStore(host, port, **options)
 
 
 def make_parser():

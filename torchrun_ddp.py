@@ -120,22 +120,22 @@ def train(args, device):
     optimizer = make_optimizer(model, args.learning_rate)
     scaler = make_scaler(args.precision, device)
     epochs_done, samples_done = load_snapshot(args, model, optimizer, scaler)
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # DDP 4: shard. Each rank reads its own part of the dataset. DistributedSampler makes
     # the parts equal: it repeats a few samples. Validation must count each just once.
     sampler = ResumableSampler(dataset, seed=args.seed)
     sampler.skip = samples_done // world_size
-    batches = BatchSampler(sampler, args.batch_size, drop_last=False)
-    loader = make_loader(dataset, batches, args, device)
+    batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=False)
+    loader = make_loader(dataset, batch_sampler, args, device)
     part = range(rank, len(validation_set), world_size)
-    batches = BatchSampler(part, args.batch_size, drop_last=False)
-    validation_loader = make_loader(validation_set, batches, args, device)
+    batch_sampler = BatchSampler(part, args.batch_size, drop_last=False)
+    validation_loader = make_loader(validation_set, batch_sampler, args, device)
 
-    def after_step(step, samples):
-        if rank == 0 and args.save_every and step % args.save_every == 0:
+    def on_step(steps, samples):
+        if rank == 0 and args.save_every and steps % args.save_every == 0:
             samples += sampler.skip * world_size
-            save_snapshot(args, model, optimizer, scaler, epoch, samples)
+            save_snapshot(args, model, optimizer, scaler, sampler.epoch, samples)
 
     seconds = 0
     for epoch in range(epochs_done, args.epochs):
@@ -143,7 +143,7 @@ def train(args, device):
         # For dropout and augmentation: different on each rank, and in each epoch.
         torch.manual_seed(args.seed + epoch * world_size + rank)
         # DDP 6 and 7, synchronise and measure globally, are in train_loop.
-        result = train_loop(model, loader, optimizer, scaler, device, args, after_step)
+        result = train_loop(ddp_model, loader, optimizer, scaler, device, args, on_step)
         sampler.skip = 0  # later epochs are whole
         seconds += result.seconds
         if rank == 0:  # DDP 8: rank 0 alone reports and saves
@@ -154,24 +154,24 @@ def train(args, device):
             )
             if args.snapshot_path:
                 save_snapshot(args, model, optimizer, scaler, epoch + 1, 0)
-        loss, accuracy = evaluate(model.module, validation_loader, device, args)
+        loss, accuracy = evaluate(model, validation_loader, device, args)
         if rank == 0:
             print(f"  validation  loss {loss:.4f}  accuracy {accuracy:.1%}")
     if rank == 0:
         print(f"DDP training time: {seconds:.2f} seconds")
 
 
-def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
+def train_loop(model, loader, optimizer, scaler, device, args, on_step=None):
     """Train one epoch. Without DDP around `model`, this is ordinary training.
 
     A step takes `batch_size` x `grad_accum_steps` samples of each rank: together, the
     global batch, to which the learning rate has to fit. After each step but the last,
-    calls `after_step(steps, samples)` with the numbers done so far, of all ranks.
+    calls `on_step(steps, samples)` with the numbers done so far, of all ranks.
     """
-    no_sync = getattr(model, "no_sync", nullcontext)  # only DDP has it
-    world_size = 1 if no_sync is nullcontext else dist.get_world_size()
+    is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
     autocast = make_autocast(args.precision, device)
-    batches, accum = len(loader), args.grad_accum_steps
+    num_batches, accum = len(loader), args.grad_accum_steps
     batch_size = loader.batch_sampler.batch_size
     length = len(loader.batch_sampler.sampler)  # samples of this rank
     # Sums stay on the device: reading one, with .item(), waits for the GPU.
@@ -179,35 +179,36 @@ def train_loop(model, loader, optimizer, scaler, device, args, after_step=None):
     done = 0
     model.train()
     begin = last_print = time.perf_counter()
-    for number, batch in enumerate(loader):
-        if number % accum == 0:
+    for number, batch in enumerate(loader, 1):
+        if (number - 1) % accum == 0:
             # A step begins. How many samples will it have? The last has what is left.
-            step_samples = min(accum * batch_size, length - number * batch_size)
-        step_ends = (number + 1) % accum == 0 or number + 1 == batches
+            step_samples = min(accum * batch_size, length - (number - 1) * batch_size)
+        step_ends = number % accum == 0 or number == num_batches
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass as well, it
         # averages nothing: once per step is enough.
-        with nullcontext() if step_ends else no_sync():
+        with model.no_sync() if is_ddp and not step_ends else nullcontext():
             with autocast:
                 loss, count, right = compute_loss(model, to_device(batch, device))
             assert count <= batch_size, "compute_loss must count samples, not tokens"
             # With this factor, each sample of the step weighs the same.
             scaler.scale(loss * (count / step_samples)).backward()
         done += count
-        loss_sum.add_(loss.detach(), alpha=count)
-        right_sum += right
+        with torch.no_grad():
+            loss_sum.add_(loss, alpha=count)
+            right_sum += right
         if step_ends:
             scaler.unscale_(optimizer)  # after this, gradients can be clipped
             scaler.step(optimizer)  # with the same gradients on all ranks
             scaler.update()
             optimizer.zero_grad()
-            if after_step and number + 1 < batches:
-                after_step((number + 1) // accum, done * world_size)
-        if time.perf_counter() - last_print > 5 and dist.get_rank() == 0:
+            if on_step and number < num_batches:
+                on_step(number // accum, done * world_size)
+        if time.perf_counter() - last_print > 5 and rank == 0:
+            loss = loss_sum.item() / done
             last_print = time.perf_counter()
             rate = format_rate(done * world_size, last_print - begin)
-            loss = loss_sum.item() / done
-            print(f"  batch {number + 1}/{batches}  loss {loss:.4f}  {rate} samples/s")
+            print(f"  batch {number}/{num_batches}  loss {loss:.4f}  {rate} samples/s")
     assert done == length, f"compute_loss counted {done} samples instead of {length}"
     # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
     totals = torch.stack([loss_sum, right_sum, loss_sum.new_tensor(done)])
@@ -224,8 +225,8 @@ EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")  # of a
 def evaluate(model, loader, device, args):
     """Return the mean loss and the accuracy (0 to 1) over the samples of all ranks.
 
-    Pass it model.module, without DDP: in each forward pass, DDP synchronises buffers, and
-    would hang where ranks have unequal numbers of batches.
+    Pass it the model without DDP, which synchronises buffers in each forward pass, and
+    can hang where ranks have unequal numbers of batches.
     """
     for buffer in model.buffers():  # BatchNorm's: use rank 0's, which are what is saved
         dist.broadcast(buffer, 0)
@@ -298,11 +299,11 @@ def make_autocast(precision, device):
     return torch.autocast(device.type, getattr(torch, precision))
 
 
-def make_loader(dataset, batches, args, device):
-    """Return a DataLoader; `batches` is a BatchSampler."""
+def make_loader(dataset, batch_sampler, args, device):
+    """Return a DataLoader of the batches whose indices a BatchSampler gives."""
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,  # or each epoch starts them again
@@ -347,7 +348,7 @@ def save_snapshot(args, model, optimizer, scaler, epoch, samples):
     may_change = "epochs num_workers backend precision timeout snapshot_path save_every"
     settings = {k: v for k, v in vars(args).items() if k not in may_change.split()}
     snapshot = {"epoch": epoch, "samples": samples, "settings": settings}
-    snapshot["model"] = model.module.state_dict()  # without DDP's "module." in the keys
+    snapshot["model"] = model.state_dict()  # without DDP, or keys begin with "module."
     snapshot["optimizer"] = optimizer.state_dict()
     snapshot["scaler"] = scaler.state_dict()
     os.makedirs(os.path.dirname(os.path.abspath(args.snapshot_path)), exist_ok=True)
@@ -365,7 +366,8 @@ def load_snapshot(args, model, optimizer, scaler):
     Ends all ranks, with exit code 1, if it cannot be loaded or does not fit.
     """
     path, rank = args.snapshot_path, dist.get_rank()
-    snapshot, state = {"epoch": 0, "samples": 0, "scaler": {}}, {}
+    snapshot = {"epoch": 0, "samples": 0, "scaler": {}}
+    snapshot["optimizer"] = optimizer.state_dict()
     if rank == 0 and path and os.path.exists(path):
         try:
             # weights_only: a snapshot is data and must not run code.
@@ -375,25 +377,26 @@ def load_snapshot(args, model, optimizer, scaler):
                     raise ValueError(f"it was made with --{name} {value}")
             model.load_state_dict(snapshot.pop("model"))  # DDP sends it to the others
             optimizer.load_state_dict(snapshot["optimizer"])
-            state = snapshot["optimizer"].pop("state")
             where = "{epoch} epochs and {samples} samples done".format(**snapshot)
             print(f"{path}: {where}, resuming")
         except Exception as reason:  # noqa: BLE001, a damaged file can raise anything
             print(f"cannot resume from {path}: {reason!r:.300}", file=sys.stderr)
-            snapshot, state = None, {}
-    message = [snapshot, list(state)]
-    dist.broadcast_object_list(message)
-    snapshot, keys = message
+            snapshot = None
+
+    def from_rank_0(value):
+        message = [value]
+        dist.broadcast_object_list(message, 0)
+        return message[0]
+
+    state = snapshot["optimizer"].pop("state") if snapshot else {}
+    snapshot = from_rank_0(snapshot)
     if snapshot is None:
         dist.destroy_process_group()
         sys.exit(1)
     # The optimizer's state follows, one parameter at a time: NCCL sends through GPU
     # memory, and resuming must not need more of it than training.
-    for key in keys:  # of the parameters
-        part = [state.get(key)]
-        dist.broadcast_object_list(part)
-        state[key] = part[0]
-    if rank > 0 and "optimizer" in snapshot:
+    state = {key: from_rank_0(state.get(key)) for key in from_rank_0(list(state))}
+    if rank > 0:
         optimizer.load_state_dict({**snapshot["optimizer"], "state": state})
     if snapshot["scaler"]:  # empty, if the GPUs that saved it needed none
         scaler.load_state_dict(snapshot["scaler"])

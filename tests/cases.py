@@ -8,6 +8,7 @@ Rank 0 prints a line of JSON for each case: what the function returned.
 """
 
 import contextlib
+import copy
 import gc
 import io
 import json
@@ -54,10 +55,13 @@ def state(*trained):
 def check(args):
     """Return the figures of ddp.check, what it said, and whether it changed nothing."""
     dataset, wrapped, normal = models_of(args)
+    normal_args = copy.copy(args)
+    normal_args.grad_accum_steps *= dist.get_world_size()
+    models = (normal, normal_args), (wrapped, args)
     before = state(wrapped, normal)
     store = dist.PrefixStore(f"check {next(count)}", STORE[0])
     with contextlib.redirect_stdout(io.StringIO()) as says:
-        figures = ddp.check(normal, wrapped, dataset, args, CPU, store)
+        figures = ddp.check(*models, dataset, CPU, store)
     words = " ".join(says.getvalue().split())
     return {**figures, "says": words, "unchanged": before == state(wrapped, normal)}
 
@@ -96,6 +100,8 @@ def train(args):
     original = torchrun_ddp.evaluate
 
     def note(model, *more):
+        # Gloo survives what NCCL does not: a collective that some ranks leave out.
+        assert not hasattr(model, "no_sync"), "evaluated with DDP around the model"
         ended[:] = [value.double().sum().item() for value in model.parameters()]
         return original(model, *more)
 
@@ -109,18 +115,19 @@ def train(args):
 
 def order(args):
     """Return the batches of normal training, and those that each rank reads."""
-    normal, ours = ddp.make_loaders(range(1000), args.dataset_length, args, CPU)
+    normal, ours = ddp.make_batch_samplers(args.dataset_length, args)
     of_all = [None] * dist.get_world_size()
-    for loader in (normal, ours):
-        loader.batch_sampler.sampler.set_epoch(3)
-    dist.all_gather_object(of_all, list(ours.batch_sampler))
-    return [list(normal.batch_sampler), len(normal.batch_sampler), of_all]
+    for each in (normal, ours):
+        each.sampler.set_epoch(3)
+    dist.all_gather_object(of_all, list(ours))
+    return [list(normal), len(normal), of_all]
 
 
 def step(args):
-    """Return the parts of a step, in ms."""
+    """Return the parts of a step, as shares of 1."""
     dataset, model, _ = models_of(args)
-    return ddp.measure_step(model, dataset, 20, args, CPU)
+    parts = ddp.measure_step(model, dataset, 20, args, CPU)
+    return {name: part / 20 for name, part in parts.items()}
 
 
 def synchronisations(args):
@@ -134,7 +141,8 @@ def synchronisations(args):
         return work.get_future().then(lambda future: future.value()[0])
 
     model.register_comm_hook(None, hook)
-    _, loader = ddp.make_loaders(dataset, len(dataset), args, CPU)
+    batch_sampler = ddp.make_batch_samplers(len(dataset), args)[1]
+    loader = ddp.make_loader(dataset, batch_sampler, args, CPU)
     ddp.train_loop(*ddp.prepare(model, loader, CPU, args))
     return len(calls)
 
@@ -171,6 +179,8 @@ def worker(rank, world_size, port, cases):
         parts = {name: getattr(models, part) for name, part in case.items()}
         with replaced(**parts):
             args.precision = ddp.choose_precision(args.amp, CPU)
+            step = args.batch_size * args.grad_accum_steps * world_size
+            args.global_batch_size = step
             result = run(args)
         if rank == 0:
             print(json.dumps(result), flush=True)

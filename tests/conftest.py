@@ -31,7 +31,7 @@ def pytest_addoption(parser):
     def add(flag, default, help):
         parser.addoption(flag, type=int, default=default, metavar="N", help=help)
 
-    add("--random-kills", 2, "kill training at N random moments (default: 2)")
+    add("--random-kills", 1, "kill training at N random moments (default: 1)")
     add("--clean-exits", 1, "run each script N times in a row (default: 1)")
     add("--examples", 20, "random examples of the comparison (default: 20)")
     parser.addoption("--all", action="store_true", help="also run the slow tests")

@@ -320,8 +320,8 @@ class Regression(nn.Linear):
 def squared_error(model, batch):
     inputs, answers = batch
     outputs = model(inputs)
-    close = ((outputs - answers).abs() < 0.1).sum()
-    return functional.mse_loss(outputs, answers), len(inputs), close
+    loss = functional.mse_loss(outputs, answers)
+    return loss, len(inputs), (outputs - answers).abs().sum()  # it has a gradient
 
 
 class Views(Images):
@@ -549,12 +549,6 @@ class CyclicDDP(DistributedDataParallel):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         vars(self)["cycle"] = self
-
-
-class SlowDDP(DistributedDataParallel):
-    def forward(self, *inputs):
-        time.sleep(0.01)
-        return super().forward(*inputs)
 
 
 def no_check(*_):

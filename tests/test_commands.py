@@ -28,12 +28,16 @@ def assert_equal_columns(rows):
         assert ddp_accuracy == pytest.approx(accuracy, abs=0.2)
 
 
-def test_the_documented_ddp_command(finish):
+def test_the_documented_ddp_command(finish, folder):
+    """Also, it reads .env, but the environment wins."""
+    (folder / ".env").write_text("MASTER_ADDR=127.0.0.1\nMASTER_PORT=not-a-port\n")
+    assert "MASTER_PORT=not-a-port" in finish(SCRIPTS["ddp"], code=2).stderr
     flags = (
         "--backend gloo --epochs 10 --batch_size 128 --input_size 200 --world_size 2"
     )
-    run = finish(SCRIPTS["ddp"], flags)
+    run = finish(SCRIPTS["ddp"], flags, env={"MASTER_PORT": "0"})
     assert_quiet(run)
+    assert not re.search(r"^ world", run.stdout, re.MULTILINE)  # of one size: no table
     assert run.stdout.startswith(f"PyTorch {torch.__version__} on cpu with gloo\n")
     assert "\nworld size 2, global batch 256, float32\n" in run.stdout
     assert "Each process stands for a device, with " in run.stdout
@@ -50,7 +54,7 @@ def test_the_documented_ddp_command(finish):
 
 def test_ddp_alone_with_several_world_sizes_and_json(finish, folder):
     """With ranks that do not divide the samples, shorter last steps, and bfloat16."""
-    flags = "--world_size 3 1 1 --dataset_length 1001 --batch_size 7 --epochs 2"
+    flags = "--world_size 3 1 --dataset_length 1001 --batch_size 7 --epochs 2"
     flags += " --grad_accum_steps 3 --amp --json figures.json"
     run = finish(SCRIPTS["ddp"], flags)
     assert_quiet(run)
@@ -62,7 +66,7 @@ def test_ddp_alone_with_several_world_sizes_and_json(finish, folder):
         ("runs", list),
     ):
         assert {types[key] for key in keys.split()} == {kind}
-    assert [run["world_size"] for run in figures["runs"]] == [3, 1, 1]
+    assert [run["world_size"] for run in figures["runs"]] == [3, 1]
     blocks = run.stdout.split("\nworld size ")[1:]
     for result, block in zip(figures["runs"], blocks):
         n = result["world_size"]
@@ -99,13 +103,6 @@ def test_ddp_alone_with_several_world_sizes_and_json(finish, folder):
         assert re.search(row, run.stdout, re.MULTILINE)
 
 
-def test_ddp_reads_dotenv_and_the_environment_wins(finish, folder):
-    (folder / ".env").write_text("MASTER_ADDR=127.0.0.1\nMASTER_PORT=not-a-port\n")
-    assert "MASTER_PORT=not-a-port" in finish(SCRIPTS["ddp"], code=2).stderr
-    run = finish(SCRIPTS["ddp"], "--epochs 1", env={"MASTER_PORT": "0"})
-    assert not re.search(r"^ world", run.stdout, re.MULTILINE)  # of one size: no table
-
-
 def test_the_documented_torchrun_command(finish, folder):
     launch = "--nproc_per_node=2 --nnodes=1 --node_rank=0 --master_addr=127.0.0.1"
     flags = "--backend gloo --epochs 5 --batch_size 64 --input_size 100"
@@ -130,7 +127,9 @@ def test_both_scripts_train_the_same_model(finish, folder):
     rows = side_by_side(other)
     assert epoch_lines(one) == [row[2:4] for row in rows] and len(rows) == 3
     assert_equal_columns(rows)
-    assert load(folder / "snapshot.pt")["epoch"] == 3
+    snapshot = load(folder / "snapshot.pt")
+    assert snapshot["epoch"] == 3
+    assert list(snapshot["model"]) == ["linear.weight", "linear.bias"]  # no "module."
 
 
 def test_ranks_have_the_same_data_in_disjoint_shards_anew_each_epoch(
@@ -204,7 +203,7 @@ def test_validation_is_the_same_on_each_world_size(run_cases):
     """To the last digit, of untrained weights; also where ranks have none."""
     found = []
     flags = "--learning_rate 0 --epochs 2 --dataset_length {} --batch_size 7"
-    for world_size in (1, 2, 3):
+    for world_size in (1, 3):
         case = {"run": "train", "MyDataset": "Images", "MyModel": "CNN"}
         cases = [dict(case, flags=flags.format(length)) for length in (10, 430)]
         more = {"MyModel": "BatchNormCNN", "flags": flags.format(150)}  # 15 samples
@@ -212,7 +211,7 @@ def test_validation_is_the_same_on_each_world_size(run_cases):
         outputs = ["\n".join(result["lines"]) for _, result in results]
         found.append([validation_lines(output) for output in outputs[:2]])
         assert len(validation_lines(outputs[2])) == 2
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert [len(lines) for lines in found[0]] == [2, 2]
     assert found[0][1][0] == found[0][1][1]  # one loader for both epochs
 
@@ -221,7 +220,7 @@ def test_float16_with_a_scaler(run_cases):
     """It learns, and an overflow on one rank alone lets both skip the step."""
     case = {"run": "train", "MyDataset": "Images", "MyModel": "CNN"}
     case.update(
-        flags="--dataset_length 600 --epochs 4 --amp", choose_precision="float16"
+        flags="--dataset_length 400 --epochs 4 --amp", choose_precision="float16"
     )
     if torch.__version__ < "2.3":
         pytest.skip("before PyTorch 2.3, only GPUs have a scaler")

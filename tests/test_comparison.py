@@ -101,7 +101,7 @@ def test_samples_that_do_not_divide_are_not_mixed(run_cases):
 def test_a_step_that_is_scaled_wrongly_is_seen(finish, folder):
     """The last step of an epoch has fewer samples: divided by too many, it is wrong."""
     script = folder / "ddp.py"
-    right = "step_samples = min(accum * batch_size, length - number * batch_size)"
+    right = "step_samples = min(accum * batch_size, length - (number - 1) * batch_size)"
     text = script.read_text()
     assert text.count(right) == 1
     wrong = f"{right}\n            if world_size > 1: step_samples = accum * batch_size"
@@ -114,11 +114,10 @@ def test_a_step_that_is_scaled_wrongly_is_seen(finish, folder):
 
 def test_another_number_of_steps_is_seen(finish, variant):
     code = """
-whole = script.make_loaders
-def make_loaders(dataset, length, args, device):
-    normal, ours = whole(dataset, length, args, device)
-    return normal, whole(dataset, length // 2, args, device)[1]
-script.make_loaders = make_loaders
+whole = script.make_batch_samplers
+def fewer(length, args):
+    return whole(length, args)[0], whole(length // 2, args)[1]
+script.make_batch_samplers = fewer
 """
     run = finish(variant("ddp", code), "--epochs 1", code=1)
     assert "DDP is WRONG" in run.stdout
@@ -179,7 +178,7 @@ def test_gradients_are_synchronised_once_per_optimizer_step(run_cases):
 
 
 def test_the_parts_of_a_step(run_cases):
-    """What takes 30 ms and more shows up in the part where it is."""
+    """What takes most of it shows up in the part where it is."""
     case = {"run": "step", "flags": "--dataset_length 2000 --batch_size 30"}
     slow_data, slow_model = {"MyDataset": "SlowSamples"}, {"MyModel": "SlowModel"}
     more = {}, slow_data, slow_model, {"MyModel": "LargeModel"}
@@ -187,16 +186,10 @@ def test_the_parts_of_a_step(run_cases):
     (_, small), (_, slow_data), (_, slow_model), (_, large) = results
     for parts in (small, slow_data, slow_model, large):
         assert min(parts.values()) >= 0
-    assert max(slow_data, key=slow_data.get) == "data" and slow_data["data"] > 20
-    assert max(slow_model, key=slow_model.get) == "compute"
-    assert slow_model["compute"] > 20
-    assert large["sync"] > 3 * small["sync"]
-
-
-def test_a_slow_ddp_is_said_to_be_slower(finish, variant):
-    code = "script.DistributedDataParallel = SlowDDP"
-    run = finish(variant("ddp", code), "--dataset_length 4000 --epochs 3")
-    assert "DDP is slower" in run.stdout
+        assert sum(parts.values()) == pytest.approx(1)
+    assert slow_data["data"] > 0.5 and slow_model["compute"] > 0.5
+    assert large["sync"] > 0.5
+    assert max(small["data"], slow_model["data"], large["data"]) < 0.5
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="a newer setting")

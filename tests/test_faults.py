@@ -84,7 +84,8 @@ def test_a_stuck_rank_ends_the_run(training, name):
 
 def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, variant):
     """The other ranks wait at the store, which has no part in --timeout."""
-    code = "script.MyDataset = SlowSamples"
+    code = "script.MyDataset = SlowSamples\n"
+    code += "script.measure_step = lambda *_: dict(data=1, compute=1, sync=1)"
     flags = "--timeout 2 --epochs 1 --dataset_length 5500 --batch_size 100"
     run = finish(variant("ddp", code), flags)
     progress = r"^  batch \d+/\d+  loss [\d.]+  [\d,]+ samples/s$"

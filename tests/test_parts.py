@@ -201,7 +201,6 @@ def test_what_is_printed_has_80_columns(capsys):
     runs = [a_run(world_size=n, global_batch_size=131072) for n in (1, 2, 16)]
     for run in runs:
         run.update(normal=one, ddp=one, gradient_bytes=10**10)
-        ddp.print_head(argparse.Namespace(**flags), 128)
         ddp.print_report(run, argparse.Namespace(**flags))
     result = ddp.EpochResult(123.4567, 1.0, 98765432, 1.0)
     ddp.print_epochs(0, 1000, result, result)

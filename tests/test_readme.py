@@ -115,7 +115,7 @@ def test_a_scheduler_clipping_and_the_best_weights(finish, folder):
     _, _, scheduler, _, step = code_in_row("a scheduler")
     _, best, save = code_in_row("the best weights")
     _, unscaled, clip = code_in_row("gradient clipping")
-    model = "    model = DistributedDataParallel(model"
+    model = "    ddp_model = DistributedDataParallel(model"
     whole = "        sampler.skip = 0  # later epochs are whole\n"
     unscaled = f"            {unscaled}  # after this, gradients can be clipped\n"
     says = '            print(f"  validation'
@@ -170,7 +170,10 @@ class MyDataset(torch.utils.data.IterableDataset):
     edit(
         script,
         ("sampler = ResumableSampler(dataset, seed=args.seed)", sampler),
-        ("    loader = make_loader(dataset, batches, args, device)", f"    {loader}"),
+        (
+            "    loader = make_loader(dataset, batch_sampler, args, device)",
+            f"    {loader}",
+        ),
         ("length = len(loader.batch_sampler.sampler)", length),
     )
     flags = "--num_workers 2 --dataset_length 4096 --epochs 3"

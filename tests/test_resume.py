@@ -122,7 +122,7 @@ def test_a_kill_during_validation_loses_no_step(start, finish, folder, variant):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.3", reason="a scaler on the CPU is newer")
-def test_a_scaler_is_resumed_and_may_come_and_go(start, finish, folder, variant):
+def test_a_scaler_is_resumed(start, finish, folder, variant):
     """A run in float16 that is killed ends as one that is not, the scale included."""
     flags = "--dataset_length 3000 --batch_size 16 --epochs 9 --amp --snapshot_path"
     # Its scale begins small, and doubles twice in the 846 steps.
@@ -145,13 +145,6 @@ script.make_scaler = growing
     whole = load(folder / "whole.pt")
     assert whole["scaler"]["scale"] == 16
     assert_same_end(path, whole)
-    longer = flags.replace("--epochs 9", "--epochs 10")
-    run = finish(SCRIPTS["torchrun"], f"{longer} snapshot.pt")  # in bfloat16
-    assert "9 epochs and 0 samples done" in run.stdout
-    assert load(path)["scaler"] == {} and load(path)["epoch"] == 10
-    run = finish(command, f"{flags.replace('--epochs 9', '--epochs 11')} snapshot.pt")
-    assert "10 epochs and 0 samples done" in run.stdout
-    assert load(path)["scaler"]["scale"] == 4
 
 
 def test_all_ranks_compute_in_what_rank_0_chooses(finish, variant):

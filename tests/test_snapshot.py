@@ -38,11 +38,11 @@ def untrained():
 
 
 def trained():
-    """Return the same, after a step, with DDP around the model."""
+    """Return the same, after a step."""
     model, optimizer, scaler = untrained()
     model(torch.ones(3, 5)).sum().backward()
     optimizer.step()
-    return torch.nn.parallel.DistributedDataParallel(model), optimizer, scaler
+    return model, optimizer, scaler
 
 
 def test_what_is_saved_is_loaded(args):
@@ -54,7 +54,7 @@ def test_what_is_saved_is_loaded(args):
     other, other_optimizer, scaler = untrained()
     where = torchrun_ddp.load_snapshot(args, other, other_optimizer, scaler)
     assert where == tuple(DONE.values())
-    assert same(other.state_dict(), model.module.state_dict())
+    assert same(other.state_dict(), model.state_dict())
     assert same(other_optimizer.state_dict(), optimizer.state_dict())
     assert os.listdir(os.path.dirname(args.snapshot_path)) == ["snapshot.pt"]
 
@@ -64,6 +64,21 @@ def test_without_a_file_training_starts(args):
     assert torchrun_ddp.load_snapshot(args, *parts) == (0, 0)
     args.snapshot_path = None
     assert torchrun_ddp.load_snapshot(args, *parts) == (0, 0)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.3", reason="a scaler on the CPU is newer")
+@pytest.mark.parametrize(
+    "precisions", [("float16", "bfloat16"), ("bfloat16", "float16")]
+)
+def test_a_scaler_may_come_and_go(args, precisions):
+    """A run can move to GPUs of another kind."""
+    model, optimizer, _ = trained()
+    scalers = [torchrun_ddp.make_scaler(precision, CPU) for precision in precisions]
+    before = scalers[1].state_dict()
+    torchrun_ddp.save_snapshot(args, model, optimizer, scalers[0], *DONE.values())
+    assert bool(load(args.snapshot_path)["scaler"]) == (precisions[0] == "float16")
+    where = torchrun_ddp.load_snapshot(args, *untrained()[:2], scalers[1])
+    assert where == tuple(DONE.values()) and scalers[1].state_dict() == before
 
 
 class Evil:
@@ -105,7 +120,7 @@ def test_a_file_that_does_not_fit(args, capfd, monkeypatch, tmp_path, bad, reaso
         torch.save(bad, str(path))
     before = None if bad == "directory" else path.read_bytes()
     with pytest.raises(SystemExit) as error:
-        torchrun_ddp.load_snapshot(args, model.module, optimizer, scaler)
+        torchrun_ddp.load_snapshot(args, model, optimizer, scaler)
     says = capfd.readouterr().err
     assert error.value.code == 1
     lines = [line for line in says.splitlines() if "cannot resume" in line]

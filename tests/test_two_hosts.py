@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 from conftest import TORCHRUN, Run, assert_same_end
-from test_resume import wait_for_mid_epoch
+from test_resume import LONG, wait_for_mid_epoch
 
-LONG = "--dataset_length 3000 --batch_size 16 --epochs 30"
 FLAGS = f"{LONG} --save_every 7 --timeout 5"
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
-styles = pytest.mark.parametrize("style", ["node_rank", "c10d"])
+node_rank = pytest.param("node_rank", marks=pytest.mark.slow)
+styles = pytest.mark.parametrize("style", ["c10d", node_rank])
 
 
 def ip(words):
