@@ -9,7 +9,8 @@ process per GPU or, without GPUs, two that share the CPU; or compare several num
 This starts the processes itself. In every epoch, the first of them trains normally, as
 with one device: it takes the batches of all ranks, one after the other, and accumulates
 their gradients. Then all train the same steps with DDP, each rank on its own batches.
-They meet at MASTER_ADDR and MASTER_PORT, from the environment or a file .env.
+They meet in a store (a server of keys and values) at MASTER_ADDR and MASTER_PORT, from
+the environment or a file .env.
 
 To check your own model, replace MyDataset, MyModel and compute_loss (and collate, where
 samples cannot simply be stacked). Nothing else depends on what is in a batch.
@@ -41,7 +42,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # if DDP imports it later, the group stays: see DDP 9
+import torch.distributed.nn  # imported later, it would keep the group alive: DDP 9
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -114,7 +115,7 @@ def main():
             # DDP 1: launch the processes, best one per device. They ignore SIGINT, as
             # Ctrl-C reaches all processes: this one alone reacts, and ends the others.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            name = f"run {len(runs)}"  # of its part of the store
+            name = f"run {len(runs)}"  # prefix of its keys in the store
             arguments = (world_size, args, os.getpid(), store.host, store.port, name)
             processes = mp.spawn(worker, arguments, world_size, join=False)
             signal.signal(signal.SIGINT, handler)
@@ -215,14 +216,13 @@ def compare(rank, world_size, args, device, store):
         if rank == 0:  # DDP 8: rank 0 alone prints
             print_epochs(epoch, args.epochs, normal_epochs[-1], ddp_epochs[-1])
     if rank == 0:
-        weights = zip(normal_model.state_dict().values(), model.state_dict().values())
+        weights = zip(normal_model.parameters(), model.parameters())
         differences = [(a.double() - b.double()).abs().max().item() for a, b in weights]
         figures["max_weight_difference"] = max(differences)
-    steps = args.epochs * math.ceil(len(loaders[1]) / args.grad_accum_steps)
-    step_ms = sum(result.seconds for result in ddp_epochs) / steps * 1000
-    figures["ddp_step_ms"] = measure_step(ddp_model, dataset, step_ms, args, device)
+    figures["ddp_step_ms"] = measure_step(ddp_training, ddp_epochs)
     if rank == 0:
         figures.update(summarise(normal_epochs, ddp_epochs))
+        step_ms = sum(figures["ddp_step_ms"].values())
         figures["normal_step_ms"] = step_ms * figures["speedup"]
         figures.update(world_size=world_size, global_batch_size=args.global_batch_size)
         figures.update(backend=args.backend, precision=args.precision)
@@ -317,7 +317,7 @@ class BatchesOfAllRanks(BatchSampler):
 
 def prepare(model, loader, device, args):
     """Return the arguments of train_loop; start what must not start in a timed epoch."""
-    next(iter(loader))  # the workers
+    next(iter(loader))  # starts the workers
     tiny = nn.Linear(1, 1).to(device)  # the optimizer's kernels
     tiny(torch.ones(1, 1, device=device)).sum().backward()
     make_optimizer(tiny, args.learning_rate).step()
@@ -326,7 +326,7 @@ def prepare(model, loader, device, args):
 
 
 def wait_for_rank_0(store, name):
-    """Wait until rank 0 comes here, in the store: a collective has --timeout."""
+    """Wait for rank 0, however long it takes: a collective would have --timeout."""
     if dist.get_rank() == 0:
         store.set(name, "done")
     store.wait([name], timedelta(days=20))
@@ -340,41 +340,32 @@ def check(normal, ddp, dataset, device, store):
     grows: even right weights differ.)
     """
     (normal_model, normal_args), (ddp_model, args) = normal, ddp
-    step = args.global_batch_size
-    count = min(len(dataset), 2 * step + len(dataset) % step)
+    global_batch_size = args.global_batch_size
+    count = 2 * global_batch_size + len(dataset) % global_batch_size
+    count = min(len(dataset), count)
     indices = [number * len(dataset) // count for number in range(count)]  # spread
     batch_samplers = make_batch_samplers(count, args)
     loaders = [DataLoader(indices, batch_sampler=each) for each in batch_samplers]
     normal = normal_model, loaders[0], dataset, device, normal_args
-    expected = []  # normal training's gradients, of each step
-
-    def difference(*training):
-        steps, differences = iter(expected), []
-
-        def compare_step(gradients):
-            differences.append(relative_difference(next(steps, None), gradients))
-
-        take_gradients(*training, compare_step)
-        differences += [math.inf for _ in steps]  # if it takes too few steps
-        return torch.tensor(differences).max().item()  # NaN, if one is
-
     if dist.get_rank() == 0:
-        take_gradients(*normal, expected.append)
+        expected = take_gradients(*normal)
     wait_for_rank_0(store, "check")
-    found = difference(ddp_model, loaders[1], dataset, device, args)
+    gradients = take_gradients(ddp_model, loaders[1], dataset, device, args)
     if dist.get_rank() > 0:
         return {}
+    difference = relative_difference(expected, gradients)
     trained = [p for p in ddp_model.parameters() if p.requires_grad]
     limit = 1e-2 if device.type == "cuda" else 1e-4
     if args.precision != "float32" or min(p.element_size() for p in trained) < 4:
         limit = 2e-2
-    same, mixes = found < limit, mixes_samples(normal_model, dataset, args, device)
-    gap = f"(difference {found:.1g})"
+    same = difference < limit
+    mixes = mixes_samples(normal_model, dataset, args, device)
+    gap = f"(difference {difference:.1g})"
     if same:
         text = f"DDP is right: its gradients are normal training's {gap}."
-    elif not all(gradients.isfinite().all() for gradients in expected):
+    elif not all(step.isfinite().all() for step in expected):
         text = "The gradients are not finite: there is nothing to compare."
-    elif difference(*normal) >= limit:
+    elif not relative_difference(expected, take_gradients(*normal)) < limit:
         same = None
         text = "Cannot tell if DDP is right: normal training, repeated, has other"
         text += " gradients. README: Not repeatable."
@@ -383,21 +374,25 @@ def check(normal, ddp, dataset, device, store):
         text += " README: Wrong."
     if same and mixes:
         text += "\nSamples of a batch affect each other, as with BatchNorm: so it does"
-        text += f" not train as one batch of {step:,} does. README: Mixing."
+        text += (
+            f" not train as one batch of {global_batch_size:,} does. README: Mixing."
+        )
     for line in text.splitlines():
         print(textwrap.fill(line, 80))
     size = sum(p.numel() * p.element_size() for p in trained)
-    figures = {"same_gradients": same, "gradient_difference": found}
+    figures = {"same_gradients": same, "gradient_difference": difference}
     return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
 
 
-def take_gradients(model, loader, dataset, device, args, keep, training=True, seed=0):
-    """Call `keep` with the gradients of each step of train_loop; train nothing.
+def take_gradients(model, loader, dataset, device, args, training=True, seed=0):
+    """Return, on rank 0, the gradients of each step of train_loop; train nothing.
 
     `loader` has indices of `dataset`. Everything is repeatable: random numbers depend on
-    a sample's index while it is read, and start anew for each batch (dropout); what is
-    not trained (BatchNorm's statistics, frozen weights) gets its first values again.
+    a sample's index while it is read (with __getitems__, on the batch's first), and start
+    anew for each batch (dropout); what is not trained (BatchNorm's statistics, frozen
+    weights) gets its first values again.
     """
+    gradients = []  # of each step, a vector
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def not_trained():
@@ -432,7 +427,8 @@ def take_gradients(model, loader, dataset, device, args, keep, training=True, se
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(factor)
 
         def step(self, _):
-            keep(torch.cat([p.grad.flatten().cpu() for p in trained]))
+            if dist.get_rank() == 0:
+                gradients.append(torch.cat([p.grad.flatten().cpu() for p in trained]))
 
         def update(self):
             pass
@@ -440,7 +436,8 @@ def take_gradients(model, loader, dataset, device, args, keep, training=True, se
         def zero_grad(self):
             model.zero_grad()
 
-    # DDP divides by the ranks after the backward pass: so does this, to round alike.
+    # DDP divides gradients, not the loss, by the number of ranks: so does normal training
+    # here, to round alike.
     factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
     loader.collate_fn = read
     numpy = sys.modules.get("numpy")
@@ -456,6 +453,7 @@ def take_gradients(model, loader, dataset, device, args, keep, training=True, se
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
+    return gradients
 
 
 def seed_generators(seed):
@@ -466,11 +464,13 @@ def seed_generators(seed):
         sys.modules["numpy"].random.seed(seed)
 
 
-def relative_difference(gradients, others):
-    """Return how far apart two vectors are, relative to the length of the first."""
-    if gradients is None:
+def relative_difference(expected, found):
+    """Return how far these lists of vectors are apart, relative to their lengths."""
+    if len(expected) != len(found):
         return math.inf
-    return ((gradients - others).norm() / gradients.norm().clamp(min=1e-30)).item()
+    pairs = zip(expected, found)
+    parts = [(a - b).norm() / a.norm().clamp(min=1e-30) for a, b in pairs]
+    return torch.stack(parts).max().item()  # NaN, if one is
 
 
 def mixes_samples(model, dataset, args, device):
@@ -489,10 +489,9 @@ def mixes_samples(model, dataset, args, device):
     args.precision, args.grad_accum_steps = "float32", 2
 
     def gradients(batch_size, seed=0):
-        batches, kept = BatchSampler(range(count), batch_size, drop_last=False), []
-        loader = DataLoader(indices, batch_sampler=batches)
-        take_gradients(model, loader, dataset, device, args, kept.append, False, seed)
-        return kept[0]
+        batch_sampler = BatchSampler(range(count), batch_size, drop_last=False)
+        loader = DataLoader(indices, batch_sampler=batch_sampler)
+        return take_gradients(model, loader, dataset, device, args, False, seed)
 
     try:
         whole = gradients(count)
@@ -516,38 +515,39 @@ def print_epochs(epoch, epochs, normal, ddp):
     print(f"{line}{normal.seconds / ddp.seconds:8.2f}")
 
 
-def measure_step(model, dataset, step_ms, args, device):
-    """Return where a DDP step's time, `step_ms`, goes; afterwards, `model` is useless.
+def measure_step(training, epochs):
+    """Return where the ms of a DDP step went, on average; then, the model is useless.
 
-    Times three loops, in turns: as in training; without averaging gradients; and also
-    without loading, with one batch on the device.
+    Times steps with one batch that is on the device already, in turns with and without
+    averaging the gradients. What a step of the epochs took beyond that went into data:
+    into reading, and waiting for the rank that reads longest. (The median epoch is taken,
+    as the first can be slow.)
     """
-    steps = [max(5, int(60 / step_ms))]
+    model, loader, _, _, device, args = training
+    steps_per_epoch = math.ceil(len(loader) / args.grad_accum_steps)
+    all_ms = [result.seconds * 1000 / steps_per_epoch for result in epochs]
+    step_ms = statistics.median(all_ms)
+    steps = [max(5, int(100 / step_ms))]
     dist.broadcast_object_list(steps, 0)  # rank 0's, for all
-    samples = min(steps[0] * args.global_batch_size, len(dataset))
-    batch_sampler = make_batch_samplers(samples, args)[1]
-    loader = make_loader(dataset, batch_sampler, args, device)
-    training = prepare(model, loader, device, args)
     batch = to_device(next(iter(loader)), device)
-    size = min(args.batch_size, len(batch_sampler.sampler))
-    indices = range(size * len(loader))
+    size = min(args.batch_size, len(loader.batch_sampler.sampler))
+    count = steps[0] * args.grad_accum_steps
 
     class Kept(list):  # in place of a loader
-        batch_sampler = BatchSampler(indices, size, drop_last=False)
+        batch_sampler = BatchSampler(range(count * size), size, drop_last=False)
 
-    def seconds(loader, context):
+    def milliseconds(context):
         with context(), redirect_stdout(None):
-            return train_loop(model, loader, *training[2:]).seconds
+            result = train_loop(model, Kept([batch] * count), *training[2:])
+        return result.seconds / steps[0] * 1000
 
-    kept = Kept([batch] * len(loader))
-    loops = (loader, nullcontext), (loader, model.no_sync), (kept, model.no_sync)
-    turns = 6 if steps[0] > 5 else 3  # the same on all ranks
-    rounds = [[seconds(*loop) for loop in loops] for _ in range(turns)]
-    whole, local, compute = (statistics.median(times) for times in zip(*rounds[1:]))
-    local = min(local, whole)  # or noise could make a part negative
-    compute = min(compute, local)
-    parts = {"data": local - compute, "compute": compute, "sync": whole - local}
-    return {name: step_ms * part / whole for name, part in parts.items()}
+    turns = [[milliseconds(c) for c in (nullcontext, model.no_sync)] for _ in range(4)]
+    whole, compute = map(statistics.mean, zip(*turns))
+    whole = min(whole, step_ms)  # or noise could make a part negative
+    compute = min(compute, whole)
+    parts = {"data": step_ms - whole, "compute": compute, "sync": whole - compute}
+    scale = statistics.mean(all_ms) / step_ms
+    return {name: ms * scale for name, ms in parts.items()}
 
 
 def summarise(normal_epochs, ddp_epochs):
@@ -635,7 +635,7 @@ def choose_precision(amp, device):
 
 def make_optimizer(model, learning_rate):
     """Return Adam: from PyTorch 2.4 on, the fused one, which is faster."""
-    fused = torch.__version__ >= "2.4"  # compares versions, not strings
+    fused = torch.__version__ >= "2.4" or None  # compares versions, not strings
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
 

@@ -32,7 +32,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # if DDP imports it later, the group stays: see DDP 9
+import torch.distributed.nn  # imported later, it would keep the group alive: DDP 9
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -280,7 +280,7 @@ def join(args, device):
 
 def make_optimizer(model, learning_rate):
     """Return Adam: from PyTorch 2.4 on, the fused one, which is faster."""
-    fused = torch.__version__ >= "2.4"  # compares versions, not strings
+    fused = torch.__version__ >= "2.4" or None  # compares versions, not strings
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
 
 

@@ -126,8 +126,11 @@ def order(args):
 def step(args):
     """Return the parts of a step, as shares of 1."""
     dataset, model, _ = models_of(args)
-    parts = ddp.measure_step(model, dataset, 20, args, CPU)
-    return {name: part / 20 for name, part in parts.items()}
+    batch_sampler = ddp.make_batch_samplers(len(dataset), args)[1]
+    loader = ddp.make_loader(dataset, batch_sampler, args, CPU)
+    training = ddp.prepare(model, loader, CPU, args)
+    parts = ddp.measure_step(training, [ddp.train_loop(*training)])
+    return {name: part / sum(parts.values()) for name, part in parts.items()}
 
 
 def synchronisations(args):

@@ -183,6 +183,7 @@ def test_whatever_people_bring_trains_in_both_scripts(run_cases):
         assert len(losses) == 3 and losses[-1] < losses[0], (name, output)
         assert len(validation_lines(output)) == 3 and lines["equal"], (name, output)
         assert figures["same_gradients"] is True, (name, figures)
+        assert figures["max_weight_difference"] < 1, (name, figures)
         assert figures["ddp"]["loss"] < losses[0], (name, figures)
 
 

@@ -93,7 +93,8 @@ def test_a_mean_over_tokens(finish, folder, name):
     changes = [('if __name__ == "__main__":', f'{TEXTS}\nif __name__ == "__main__":')]
     if name == "torchrun":
         line = "            loss, count, right = compute_loss"
-        changes += [("\n" + line, "\n" + line.replace("right =", "right, _ ="))]
+        weighed = line.replace("count, right", "_, right, count")
+        changes += [("\n" + line, "\n" + weighed)]
     edit(script, *changes)
     flags = "--dataset_length 301 --batch_size 7 --grad_accum_steps 3 --epochs 2"
     if name == "torchrun":
@@ -112,7 +113,7 @@ def code_in_row(start):
 
 def test_a_scheduler_clipping_and_the_best_weights(finish, folder):
     """A run that is stopped after two epochs goes on as if it were not."""
-    _, _, scheduler, _, step = code_in_row("a scheduler")
+    _, _, scheduler, _, step, _ = code_in_row("a scheduler")
     _, best, save = code_in_row("the best weights")
     _, unscaled, clip = code_in_row("gradient clipping")
     model = "    ddp_model = DistributedDataParallel(model"
@@ -164,7 +165,7 @@ class MyDataset(torch.utils.data.IterableDataset):
         labels = torch.arange(length) // 2 % 2
         return torch.randn(length, size) + labels.view(-1, 1), labels
 """
-    _, _, _, _, sampler, loader, _, length = code_in_row("an iterable dataset")
+    _, _, _, _, _, sampler, loader, _, length = code_in_row("an iterable dataset")
     script = folder / "torchrun_ddp.py"
     paste(script, code)
     edit(
