@@ -179,21 +179,16 @@ def test_gradients_are_synchronised_once_per_optimizer_step(run_cases):
 
 def test_the_parts_of_a_step(run_cases):
     """What takes most of it shows up in the part where it is."""
-    case = {"run": "step", "flags": "--dataset_length 2000 --batch_size 30"}
+    case = {"run": "step", "flags": "--dataset_length 600 --batch_size 30"}
     slow_data, slow_model = {"MyDataset": "SlowSamples"}, {"MyModel": "SlowModel"}
     more = {}, slow_data, slow_model, {"MyModel": "LargeModel"}
-    cases = [{**case, **parts} for parts in more]
-    # Reading takes three times as long as computing, but four workers do it.
-    flags = "--dataset_length 4000 --batch_size 90 --num_workers 4"
-    cases.append({"run": "step", "flags": flags, **slow_data, **slow_model})
-    results = [result for _, result in run_cases(2, cases)]
-    small, slow_data, slow_model, large, workers = results
-    for parts in results:
+    results = run_cases(2, [{**case, **parts} for parts in more])
+    (_, small), (_, slow_data), (_, slow_model), (_, large) = results
+    for parts in (small, slow_data, slow_model, large):
         assert min(parts.values()) >= 0
     assert slow_data["data"] > 0.5 and slow_model["compute"] > 0.5
-    assert large["sync"] > 0.5
+    assert large["sync"] > 2 * max(slow_data["sync"], slow_model["sync"])
     assert max(small["data"], slow_model["data"], large["data"]) < 0.5
-    assert workers["data"] < 0.3
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="a newer setting")
