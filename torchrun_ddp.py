@@ -391,6 +391,7 @@ def load_snapshot(args, model, optimizer, scaler):
     state = snapshot["optimizer"].pop("state") if snapshot else {}
     snapshot = from_rank_0(snapshot)
     if snapshot is None:
+        gc.collect()  # as at DDP 9
         dist.destroy_process_group()
         sys.exit(1)
     # The optimizer's state follows, one parameter at a time: NCCL sends through GPU

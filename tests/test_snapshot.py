@@ -1,6 +1,7 @@
 """The snapshot file: whole, damaged, of another run, on a full disk."""
 
 import argparse
+import gc
 import os
 import pickle
 import shutil
@@ -24,6 +25,7 @@ def args(tmp_path):
     path = str(tmp_path / "snapshot.pt")
     yield argparse.Namespace(snapshot_path=path, precision="float32", **FLAGS)
     if dist.is_initialized():
+        gc.collect()  # PyTorch 2.0 can hang if its thread is still freeing a message
         dist.destroy_process_group()
 
 
