@@ -14,6 +14,7 @@ import io
 import json
 import random
 import sys
+import time
 
 import models
 import numpy
@@ -191,6 +192,7 @@ def worker(rank, world_size, port, cases):
             print(json.dumps(result), flush=True)
     STORE.clear()
     gc.collect()
+    time.sleep(0.3)  # PyTorch 2.0 can hang if its thread is still freeing a message
     dist.destroy_process_group()
 
 
