@@ -1,48 +1,56 @@
 """Compare normal training with DistributedDataParallel (DDP) training.
 
-Does DDP compute the same gradients, is it faster, and if not, why not? Try it with one
-process per GPU or, without GPUs, two that share the CPU; or compare several numbers:
+Does DDP compute the same gradients? Is it faster, and if not, why not? Try it with one
+process per GPU or, without GPUs, two that share the CPU:
 
     python ddp.py
-    python ddp.py --world_size 1 2 --batch_size 128
 
-This starts the processes itself. In every epoch, the first of them trains normally, as
-with one device: it takes the batches of all ranks, one after the other, and accumulates
-their gradients. Then all train the same steps with DDP, each rank on its own batches.
-They meet in a store (a server of keys and values) at MASTER_ADDR and MASTER_PORT, from
-the environment or a file .env.
+It starts the processes itself. In each epoch, the first one trains normally, as with one
+device (without GPUs, with its share of the cores): for a step, it takes the batches of
+all processes, one after the other, and adds up their gradients. And all train the same
+steps with DDP, each with its own batches. The first process holds both models.
 
-To check your own model, replace MyDataset, MyModel and compute_loss (and collate, where
-samples cannot simply be stacked). Nothing else depends on what is in a batch.
+To check your own model, add --definitions FILE: your own versions of what you need of
+the ten definitions below, from MyDataset to wrap. Or replace them here. No other line
+makes a dataset or a model, or knows what is in a batch. torchrun_ddp.py takes the same
+file: it trains and validates, and shares most of the functions below.
 
-A rank is a process's number, or the process; the world size is how many there are. A
-collective is a call by which ranks exchange data: all ranks must make it, or the others
-hang. Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, in the
-order in which it runs: the last, DDP 9, is at the end of worker.
+Each process has a number, its rank; the world size is how many there are. A collective
+is a call by which ranks exchange data, such as an all-reduce, which adds up their
+tensors. All ranks must make it: a rank waits for the others, up to --timeout. They find
+each other at a server, the store, which this script opens at MASTER_ADDR and MASTER_PORT
+(from the environment or a file .env).
+
+Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, numbered in
+the order in which it happens: 1 is in main; 2 and 9 in worker; 3, 4, 5 and 8 in compare;
+6 in accumulate_gradients; 7 in Metrics.
 """
 
 import argparse
 import copy
 import ctypes
 import gc
+import importlib
+import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import statistics
 import sys
 import textwrap
 import time
-from array import array
 from collections import namedtuple
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, suppress
 from datetime import timedelta
+from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the group alive: DDP 9
+import torch.distributed.nn  # now: imported later, it would keep the group (DDP 9)
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -54,7 +62,7 @@ class MyDataset(Dataset):
     """Random inputs of shape (size,) and labels 0 or 1; train=False: different ones."""
 
     def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + train)
+        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
 
@@ -65,10 +73,9 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch. Optional: for data in memory, much faster than one by one."""
-        # torch.tensor(indices) would take longer than reading the rows.
-        rows = torch.frombuffer(array("q", indices), dtype=torch.int64)
-        return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
+        """Return a batch at once. Optional: much faster, where the data is in memory."""
+        indices = torch.tensor(indices)
+        return self.inputs[indices], self.labels[indices]
 
 
 class MyModel(nn.Module):
@@ -82,538 +89,608 @@ class MyModel(nn.Module):
         return self.linear(inputs)
 
 
-def compute_loss(model, batch):
-    """Return the mean loss of a batch, its number of samples and how many are right.
+def make_datasets(args):
+    """Return the training set and the validation set, the same ones on all ranks."""
+    length, size, seed = args.dataset_length, args.input_size, args.seed
+    validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
+    return MyDataset(length, size, seed), validation_set
 
-    The number is an int and counts samples, not tokens. The others stay on the device,
-    without .item(). In place of the last, any sum over the samples will do.
+
+def make_model(args):
+    return MyModel(args.input_size)
+
+
+def compute_loss(model, batch):
+    """Return the mean loss of a batch, and how many of its samples or tokens are correct.
+
+    Call `model` itself, not one of its methods: DDP has to see each forward pass.
     """
     inputs, labels = batch
     outputs = model(inputs)
     loss = nn.functional.cross_entropy(outputs, labels)
-    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+    return loss, (outputs.argmax(dim=1) == labels).sum()
+
+
+def count_items(batch):
+    """Return the number of items (samples, tokens) that compute_loss averages over.
+
+    Return an int if it is the same on all ranks, as the size of full batches is: then
+    nothing is exchanged. For tokens, return a tensor, such as (labels != -100).sum(),
+    and never its .item(): in each step, the ranks then add up theirs, and each token has
+    the same weight. `batch` is still in CPU memory. If a batch can be without any item,
+    mind that your loss has a finite gradient then, as cross_entropy's has.
+    """
+    _, labels = batch
+    return len(labels)
 
 
 def collate(samples):
-    """Return a batch: stack samples, or take what __getitems__ returned as it is."""
+    """Stack a list of samples; keep a batch of __getitems__, a tuple or a dict, as it is."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
 
 
+def make_optimizer(model, args):
+    """Return Adam. (The fused one is faster, but refuses complex parameters.)"""
+    fused = all(map(torch.is_floating_point, model.parameters()))
+    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=fused)
+
+
+def make_scheduler(optimizer, steps, args):
+    """Return None, or a scheduler that is stepped after each of `steps` steps."""
+    return
+
+
+def wrap(model):
+    """Return the model with DDP around it. Add options of DDP here."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that "finally" runs
     load_dotenv()
-    args, backends, store = parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = " and ".join(dict.fromkeys(backends))
-    print(f"PyTorch {torch.__version__} on {device} with {names}", flush=True)
-    runs = []
+    args, store = parse_args()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
+    batch = args.batch_size * args.grad_accum_steps * args.world_size
+    share = f" share {args.cores} cores" if kind == "cpu" else ""
+    print(f"{args.world_size} processes{share}, global batch {batch:,}", flush=True)
     try:
-        for world_size, backend in zip(args.world_size, backends):
-            args.backend = backend
-            # DDP 1: launch the processes, best one per device. They ignore SIGINT, as
-            # Ctrl-C reaches all processes: this one alone reacts, and ends the others.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            name = f"run {len(runs)}"  # prefix of its keys in the store
-            arguments = (world_size, args, os.getpid(), store.host, store.port, name)
-            processes = mp.spawn(worker, arguments, world_size, join=False)
-            signal.signal(signal.SIGINT, handler)
-            while not processes.join():
-                pass
-            runs.append(json.loads(store.get(f"{name}/figures")))
+        # DDP 1: launch one process per device. They inherit that Ctrl-C is ignored: a
+        # terminal sends it to all, but this process alone is to end, and to end them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        arguments = args, store.host, store.port
+        processes = mp.spawn(worker, arguments, args.world_size, join=False)
+        signal.signal(signal.SIGINT, handler)
+        while not processes.join():  # raises an error when a process has failed
+            pass
     except KeyboardInterrupt:
         sys.exit(130)
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        sys.exit(f"Training failed: {error}")
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        code = getattr(error, "exit_code", None)  # 1 or 2: it has said why
+        sys.exit(code if code in (1, 2) else f"ddp.py: {error}")
     finally:
         for process in mp.active_children():
             process.kill()
-    if len(runs) > 1:
-        print_table(runs)
-    if args.json:
-        versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-        figures = {**vars(args), **versions, "device": device, "runs": runs}
-        # JSON has neither NaN nor Infinity: write null.
-        figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
-        with open(args.json, "w") as file:
-            json.dump(figures, file, indent=1)
-    sys.exit(1 if any(run["same_gradients"] is False for run in runs) else 0)
 
 
-def worker(rank, world_size, args, parent, host, port, name):
+def worker(rank, args, host, port):
     """Run in each process: join the group, compare, leave."""
-    if sys.platform == "linux":  # die with the parent, instead of training on alone
+    if (
+        sys.platform == "linux"
+    ):  # if the parent is killed, the kernel kills this process
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if os.getppid() != parent:  # the parent died first
+    if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
-    torch.set_num_threads(max(1, args.cores // world_size))
-    # DDP 2: take a device, then join the others. They meet in the parent's store.
+    mp.set_start_method(None, force=True)  # mp.spawn sets one, DataLoader has its own
+    # As torchrun does, for what your definitions may read.
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.world_size}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    torch.set_num_threads(max(1, args.cores // args.world_size))
+    # DDP 2: own a device, then join the others. They meet in the parent's store.
     device = choose_device(rank)
+    if args.definitions:
+        use_definitions(args.definitions)
     timeout = timedelta(seconds=args.timeout)
-    store = dist.PrefixStore(name, dist.TCPStore(host, port, timeout=timeout))
-    if rank == 0:  # it chooses for all ranks, as their GPUs may differ
-        store.set("precision", choose_precision(args.amp, device))
-    args.precision = store.get("precision").decode()
-    group = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
-    dist.init_process_group(args.backend, **group)
-    args.global_batch_size = args.batch_size * args.grad_accum_steps * world_size
-    if rank == 0:
-        batch = f"global batch {args.global_batch_size:,}"
-        print(f"\nworld size {world_size}, {batch}, {args.precision}")
-        if device.type == "cpu":
-            share = f"{torch.get_num_threads()} of {args.cores} cores"
-            print(f"Each process stands for a device, with {share}.")
-    compare(rank, world_size, args, device, store)
-    # DDP 9: leave, once the DDP model of compare is freed: if anything holds the group,
-    # Gloo can abort at exit (https://github.com/pytorch/pytorch/issues/190489).
+    store = dist.TCPStore(host, port, timeout=timeout)
+    options = {"store": store, "rank": rank, "world_size": args.world_size}
+    dist.init_process_group(args.backend, timeout=timeout, **options)
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects now: or fails now
+    is_right = compare(args, device, store)
+    # DDP 9: leave. First free the DDP model, which refers to the process group: or Gloo
+    # can abort at exit (https://github.com/pytorch/pytorch/issues/190489).
     gc.collect()
     dist.destroy_process_group()
+    sys.exit(0 if is_right else 1)
 
 
-def compare(rank, world_size, args, device, store):
-    """Train in turns, normally and with DDP. Rank 0 stores the figures for main."""
-    # DDP 3: same start. The seed gives all ranks the same data. DDP, when it wraps the
-    # model, sends rank 0's weights to all ranks.
-    torch.manual_seed(args.seed)
-    dataset = MyDataset(args.dataset_length, args.input_size, args.seed)
-    model = MyModel(args.input_size).to(device)
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        dist.destroy_process_group()
-        reason = "SyncBatchNorm needs all ranks, but rank 0 trains normally alone"
-        sys.exit(f"{reason}: compare with BatchNorm" if rank == 0 else 1)
-    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    normal_model = None
-    if rank == 0:  # it is made anew, as not all models can be copied
-        torch.manual_seed(args.seed)
-        normal_model = MyModel(args.input_size).to(device)
+Way = namedtuple("Way", "model loader training args")  # of training: normal, or DDP
+
+
+def compare(args, device, store):
+    """Check DDP, then train both ways. Return whether this rank found DDP to be right."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
+    # when it wraps the model, sends rank 0's weights to all ranks.
+    seed_everything(args.seed)
+    dataset, _ = make_datasets(args)  # nothing is validated here
+    model = make_model(args).to(device)
+    check_data(dataset, args, device)
+    ddp_model = wrap(model)
+    if any(isinstance(module, nn.SyncBatchNorm) for module in ddp_model.modules()):
+        sys.exit("SyncBatchNorm needs all ranks: compare with BatchNorm")
+    # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
+    # equally many batches, all full: a few samples are left out, others in each epoch.
+    options = {"num_replicas": world_size, "seed": args.seed, "drop_last": True}
+    ranks = range(world_size)
+    samplers = [DistributedSampler(dataset, rank=r, **options) for r in ranks]
+    shards = [BatchSampler(each, args.batch_size, drop_last=True) for each in samplers]
+    steps_per_epoch = math.ceil(len(shards[rank]) / args.grad_accum_steps)
+
+    def make_way(model, trained_model, batch_sampler, args):
+        loader = make_loader(dataset, batch_sampler, args, device)
+        training = make_training(model, args.epochs * steps_per_epoch, args, device)
+        return Way(trained_model, loader, training, args)
+
+    ways = {"ddp": make_way(model, ddp_model, shards[rank], args)}
+    if rank == 0:
+        seed_everything(args.seed)
+        normal_model = make_model(args).to(device)  # as not all models can be copied
         normal_model.load_state_dict(model.state_dict())
-    normal_args = copy.copy(args)
-    normal_args.grad_accum_steps *= world_size  # all ranks' batches, in turn
-    models = (normal_model, normal_args), (ddp_model, args)
-    figures = check(*models, dataset, device, store)
+        # A normal step takes the batches that a DDP step takes on all ranks together.
+        normal_args = copy.copy(args)
+        normal_args.grad_accum_steps *= world_size
+        in_turn = InTurn(shards)
+        ways["normal"] = make_way(normal_model, normal_model, in_turn, normal_args)
 
-    # DDP 4: shard. Each rank reads its own part of the dataset. DistributedSampler makes
-    # the parts equal: it repeats a few samples. Normal training reads all ranks' parts.
-    batch_samplers = make_batch_samplers(len(dataset), args)
-    loaders = [make_loader(dataset, each, args, device) for each in batch_samplers]
-    torch.manual_seed(args.seed + rank)  # workers that start now augment differently
-    if rank == 0:
-        normal_training = prepare(normal_model, loaders[0], device, normal_args)
-    ddp_training = prepare(ddp_model, loaders[1], device, args)
-    normal_epochs, ddp_epochs = [], []  # what train_loop returned
+    figures = check(ways, dataset, device, store)
+    results = {"normal": [], "ddp": []}  # of each epoch
     for epoch in range(args.epochs):
-        for each in batch_samplers:
-            each.sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs are alike
-        # DDP 6 and 7, synchronise and measure globally, are in train_loop.
-        if rank == 0:
-            torch.manual_seed(args.seed + epoch)  # for dropout and augmentation
-            normal_epochs.append(train_loop(*normal_training))
-        wait_for_rank_0(store, f"epoch {epoch}")
-        torch.manual_seed(args.seed + epoch * world_size + rank)
-        ddp_epochs.append(train_loop(*ddp_training))
-        if rank == 0:  # DDP 8: rank 0 alone prints
-            print_epochs(epoch, args.epochs, normal_epochs[-1], ddp_epochs[-1])
+        for sampler in samplers:
+            sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs are alike
+        # The one goes first in even epochs, the other one in odd epochs.
+        for name in ["normal", "ddp"] if epoch % 2 == 0 else ["ddp", "normal"]:
+            # For dropout and augmentation: different on each rank, and in each epoch.
+            seed_everything(args.seed + epoch * world_size + rank)
+            if name in ways:
+                # DDP 6 and 7, synchronise and measure globally, are in what this calls.
+                results[name].append(train_epoch(*ways[name], device))
+            wait_for_rank_0(store, f"epoch {epoch}, {name}")
+        if rank == 0:  # DDP 8: rank 0 alone prints results
+            print_epoch(epoch, args.epochs, results["normal"][-1], results["ddp"][-1])
+    figures["same_weights"] = check_weights(model)
+    figures.update(measure_steps(ways, results, steps_per_epoch, dataset, device))
     if rank == 0:
-        weights = zip(normal_model.parameters(), model.parameters())
-        differences = [(a.double() - b.double()).abs().max().item() for a, b in weights]
-        figures["max_weight_difference"] = max(differences)
-    figures["ddp_step_ms"] = measure_step(ddp_training, ddp_epochs)
-    if rank == 0:
-        figures.update(summarise(normal_epochs, ddp_epochs))
-        step_ms = sum(figures["ddp_step_ms"].values())
-        figures["normal_step_ms"] = step_ms * figures["speedup"]
-        figures.update(world_size=world_size, global_batch_size=args.global_batch_size)
-        figures.update(backend=args.backend, precision=args.precision)
-        print_report(figures, args)
-        store.set("figures", json.dumps(figures))
+        report(results, figures, args)
+        if args.json:
+            # JSON has no NaN: write null.
+            text = json.dumps({**vars(args), **figures})
+            with open(args.json, "w") as file:
+                json.dump(
+                    json.loads(text, parse_constant=lambda _: None), file, indent=1
+                )
+    return figures["same_gradients"] is not False and figures["same_weights"]
 
 
-def train_loop(model, loader, optimizer, scaler, device, args, on_step=None):
-    """Train one epoch. Without DDP around `model`, this is ordinary training.
+class InTurn:
+    """The first batch of each of these batch samplers, then their second ones, ..."""
 
-    A step takes `batch_size` x `grad_accum_steps` samples of each rank: together, the
-    global batch, to which the learning rate has to fit. After each step but the last,
-    calls `on_step(steps, samples)` with the numbers done so far, of all ranks.
+    def __init__(self, batch_samplers):
+        self.batch_samplers = batch_samplers
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(zip(*self.batch_samplers))
+
+    def __len__(self):
+        return sum(map(len, self.batch_samplers))
+
+
+EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
+
+
+def train_epoch(model, batches, training, args, device, after_step=None):
+    """Train one epoch with DDP, or without: ddp.py compares both, and shares this.
+
+    After each step but the last, rank 0 calls `after_step(batches done)`.
     """
     is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
-    autocast = make_autocast(args.precision, device)
-    num_batches, accum = len(loader), args.grad_accum_steps
-    batch_size = loader.batch_sampler.batch_size
-    length = len(loader.batch_sampler.sampler)  # samples of this rank
-    # Sums stay on the device: reading one, with .item(), waits for the GPU.
-    loss_sum, right_sum = torch.zeros(2, dtype=torch.float64, device=device)
-    done = 0
+    metrics, batches_done = Metrics(device), 0
+    iterator, num_batches = iter(batches), len(batches)
     model.train()
-    begin = last_print = time.perf_counter()
-    for number, batch in enumerate(loader, 1):
-        if (number - 1) % accum == 0:
-            # A step begins. How many samples will it have? The last has what is left.
-            step_samples = min(accum * batch_size, length - (number - 1) * batch_size)
-        step_ends = number % accum == 0 or number == num_batches
-        # DDP 6: synchronise. backward() averages the gradients over all ranks while it
-        # computes them. In no_sync(), which must enclose the forward pass as well, it
-        # averages nothing: once per step is enough.
-        with model.no_sync() if is_ddp and not step_ends else nullcontext():
-            with autocast:
-                loss, count, right = compute_loss(model, to_device(batch, device))
-            assert count <= batch_size, "compute_loss must count samples, not tokens"
-            # With this factor, each sample of the step weighs the same.
-            scaler.scale(loss * (count / step_samples)).backward()
-        done += count
-        with torch.no_grad():
-            loss_sum.add_(loss, alpha=count)
-            right_sum += right
-        if step_ends:
-            scaler.unscale_(optimizer)  # after this, gradients can be clipped
-            scaler.step(optimizer)  # with the same gradients on all ranks
-            scaler.update()
-            optimizer.zero_grad()
-            if on_step and number < num_batches:
-                on_step(number // accum, done * world_size)
-        if time.perf_counter() - last_print > 5 and rank == 0:
-            loss = loss_sum.item() / done
+    start = last_print = time.perf_counter()
+    while step_batches := list(islice(iterator, args.grad_accum_steps)):
+        counts = [as_number(count_items(batch)) for batch in step_batches]
+        train_step(model, step_batches, counts, training, metrics, args, device)
+        batches_done += len(step_batches)
+        samples = batches_done * args.batch_size * world_size
+        if after_step and rank == 0 and batches_done < num_batches:
+            after_step(batches_done)
+        if rank == 0 and time.perf_counter() - last_print > 5:
             last_print = time.perf_counter()
-            rate = format_rate(done * world_size, last_print - begin)
-            print(f"  batch {number}/{num_batches}  loss {loss:.4f}  {rate} samples/s")
-    assert done == length, f"compute_loss counted {done} samples instead of {length}"
-    # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
-    totals = torch.stack([loss_sum, right_sum, loss_sum.new_tensor(done)])
-    if world_size > 1:
-        dist.all_reduce(totals)  # each rank now has the sum over all ranks
-    loss_sum, right_sum, done = totals.tolist()
-    seconds = time.perf_counter() - begin
-    return EpochResult(loss_sum / done, right_sum / done, int(done), seconds)
+            loss = metrics.loss_sum.item() / max(metrics.items, 1)
+            line = f"  batch {batches_done}/{num_batches}  loss of rank 0 {loss:.4f}"
+            print(f"{line}  {samples / (last_print - start):,.2f} samples/s")
+    loss, accuracy = metrics.means(is_ddp)  # waits for the GPU, so the time is right
+    seconds = time.perf_counter() - start
+    if is_ddp and isinstance(metrics.items, int):
+        warning = "count_items returns unequal ints: let it return a tensor"
+        differs(metrics.items, warning)
+    return EpochResult(loss, accuracy, samples, seconds)
 
 
-EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")  # of all ranks
+def as_number(count):
+    """Keep an int; make a float of a tensor, which is in CPU memory: no GPU is waited for."""
+    return count if isinstance(count, int) else float(count)
 
 
-def make_batch_samplers(length, args):
-    """Return those of normal training and of this rank, for `length` samples."""
-    ours = DistributedSampler(range(length), seed=args.seed)
-    everything = DistributedSampler(range(length), 1, 0, seed=args.seed)
-    # It repeats the samples that the ranks' samplers repeat.
-    everything.num_samples = everything.total_size = ours.total_size
-    normal = BatchesOfAllRanks(everything, args.batch_size, drop_last=False)
-    return normal, BatchSampler(ours, args.batch_size, drop_last=False)
+def train_step(model, batches, counts, training, metrics, args, device):
+    """Take one optimizer step, with the global batch: these batches, of all ranks."""
+    optimizer, scheduler, scaler = training
+    accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
+    scaler.unscale_(optimizer)
+    if args.max_grad_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    scaler.step(optimizer)  # with the same gradients on all ranks
+    scaler.update()
+    if scheduler:
+        scheduler.step()
+    optimizer.zero_grad()
 
 
-class BatchesOfAllRanks(BatchSampler):
-    """Rank 0's first batch, rank 1's first, and so on; then their second ones."""
+def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
+    """Compute the gradients of a step. Each of `batches` has one of `counts` items.
 
-    def __iter__(self):
-        ranks, order = dist.get_world_size(), list(self.sampler)
-        for begin in range(0, len(order), ranks * self.batch_size):
-            batches = order[begin : begin + ranks * self.batch_size]
-            yield from (batches[rank::ranks] for rank in range(ranks))
+    `scale` is a function that is applied to each loss, such as that of a GradScaler.
+    """
+    is_ddp = hasattr(model, "no_sync")
+    world_size = dist.get_world_size() if is_ddp else 1
+    global_items = sum(counts) * world_size  # of this step, on all ranks
+    if is_ddp and not isinstance(counts[0], int):  # the ranks have unequal numbers
+        global_items = torch.full((), sum(counts), dtype=torch.float32, device=device)
+        dist.all_reduce(global_items)
+    for number, (batch, count) in enumerate(zip(batches, counts), 1):
+        # DDP 6: synchronise. backward() averages the gradients over all ranks while it
+        # computes them. In no_sync(), which must enclose the forward pass, too, it
+        # averages nothing: once per step is enough.
+        is_last = number == len(counts)
+        with model.no_sync() if is_ddp and not is_last else nullcontext():
+            with autocast(args, device):
+                loss, correct = compute_loss(model, to_device(batch, device))
+            # loss * count is the sum over this batch; divided by global_items, it is its
+            # share of the mean over all. DDP divides by world_size: multiply by it first.
+            weight = count * world_size / global_items if count else 0.0
+            scale(loss * weight).backward()
+        metrics.add(loss, correct, count)
 
-    def __len__(self):
-        ranks = dist.get_world_size()
-        return ranks * math.ceil(len(self.sampler) / ranks / self.batch_size)
 
+class Metrics:
+    """Adds up what a rank's batches give; at the end, returns means over all ranks."""
 
-def prepare(model, loader, device, args):
-    """Return the arguments of train_loop; start what must not start in a timed epoch."""
-    next(iter(loader))  # starts the workers
-    tiny = nn.Linear(1, 1).to(device)  # the optimizer's kernels
-    tiny(torch.ones(1, 1, device=device)).sum().backward()
-    make_optimizer(tiny, args.learning_rate).step()
-    optimizer = make_optimizer(model, args.learning_rate)
-    return model, loader, optimizer, make_scaler(args.precision, device), device, args
+    def __init__(self, device):
+        # On the device: reading a value there, as .item() does, waits for the GPU.
+        self.loss_sum, self.correct = torch.zeros(2, dtype=torch.float64, device=device)
+        self.items = 0
+
+    @torch.no_grad()
+    def add(self, mean_loss, correct, count):
+        self.items += count
+        if count:  # the mean loss of no items is NaN
+            self.loss_sum.add_(mean_loss, alpha=count)
+            self.correct += correct
+
+    def means(self, of_all_ranks=True):
+        """Return the mean loss, and the share of items that are correct, 0 to 1."""
+        items = torch.full_like(self.correct, self.items)
+        sums = torch.stack([self.loss_sum, self.correct, items])
+        # DDP 7: measure globally. The mean of rank 0's items is not the mean of all.
+        if of_all_ranks:
+            dist.all_reduce(sums)  # each rank now has the sum over all ranks
+        return (sums[:2] / sums[2]).tolist()
 
 
 def wait_for_rank_0(store, name):
-    """Wait for rank 0, however long it takes: a collective would have --timeout."""
+    """Wait for rank 0, however long it takes. (A collective would end at --timeout.)"""
     if dist.get_rank() == 0:
         store.set(name, "done")
     store.wait([name], timedelta(days=20))
 
 
-def check(normal, ddp, dataset, device, store):
-    """Is DDP right? Print the answer; return figures. Nothing is trained or changed.
+# Is DDP right? If so, it has normal training's gradients, with the initial weights.
 
-    `normal` and `ddp`: a model and its args. Compares the gradients of up to two whole
-    steps and of one like an epoch's last, with the first weights. (In training, rounding
-    grows: even right weights differ.)
+
+def check(ways, dataset, device, store):
+    """Take the gradients of one step both ways; rank 0 prints whether they are the same.
+
+    Nothing is trained or changed. Returns figures, which are complete on rank 0 only.
     """
-    (normal_model, normal_args), (ddp_model, args) = normal, ddp
-    global_batch_size = args.global_batch_size
-    count = 2 * global_batch_size + len(dataset) % global_batch_size
-    count = min(len(dataset), count)
-    indices = [number * len(dataset) // count for number in range(count)]  # spread
-    batch_samplers = make_batch_samplers(count, args)
-    loaders = [DataLoader(indices, batch_sampler=each) for each in batch_samplers]
-    normal = normal_model, loaders[0], dataset, device, normal_args
+    args = ways["ddp"].args
+
+    def take(name, order=1):
+        model, loader, _, args = ways[name]
+        step = list(islice(loader.batch_sampler, args.grad_accum_steps))[::order]
+        batches = list(make_loader(Seeded(dataset), step, args, device))
+        return take_gradients(model.train(), batches, args, device)
+
     if dist.get_rank() == 0:
-        expected = take_gradients(*normal)
+        expected = take("normal")
     wait_for_rank_0(store, "check")
-    gradients = take_gradients(ddp_model, loaders[1], dataset, device, args)
+    found = take("ddp")
     if dist.get_rank() > 0:
-        return {}
-    difference = relative_difference(expected, gradients)
-    trained = [p for p in ddp_model.parameters() if p.requires_grad]
-    limit = 1e-2 if device.type == "cuda" else 1e-4
-    if args.precision != "float32" or min(p.element_size() for p in trained) < 4:
+        return {"same_gradients": None}
+    # How much may be rounding? (Mistakes make 0.3 and more.) GPUs add up in any order;
+    # bfloat16 and float16 have three digits.
+    limit = 1e-4 if device.type == "cpu" else 1e-2
+    if args.precision != "float32" or any(g.element_size() < 4 for g in expected):
         limit = 2e-2
+    gaps, lengths = compare_gradients(expected, found)
+    difference = (gaps / lengths).max().item()
     same = difference < limit
-    mixes = mixes_samples(normal_model, dataset, args, device)
-    gap = f"(difference {difference:.1g})"
-    if same:
-        text = f"DDP is right: its gradients are normal training's {gap}."
-    elif not all(step.isfinite().all() for step in expected):
-        text = "The gradients are not finite: there is nothing to compare."
-    elif not relative_difference(expected, take_gradients(*normal)) < limit:
-        same = None
-        text = "Cannot tell if DDP is right: normal training, repeated, has other"
-        text += " gradients. README: Not repeatable."
-    else:
-        text = f"DDP is WRONG: its gradients are not normal training's {gap}."
-        text += " README: Wrong."
+    if not same:
+        # A gradient that should be 0, as that of a bias before BatchNorm, is nothing but
+        # rounding. To see how much, normal training takes its batches in another order.
+        rounding = compare_gradients(expected, take("normal", order=-1))[0].max()
+        whole = lengths.norm()
+        gaps = (gaps - torch.maximum(10 * rounding, 1e-7 * whole)).clamp(min=0)
+        difference = (gaps / lengths).max().item()
+        same = difference < limit if rounding < limit * whole else None
+    off = f"({difference:.1g} off)"
+    text = {
+        True: f"DDP is right: its gradients are normal training's {off}.",
+        False: f"DDP is WRONG: its gradients are not normal training's {off}."
+        " README: Wrong.",
+        None: "Cannot tell if DDP is right: normal training, repeated, has other"
+        " gradients, or infinite ones. README: Not repeatable.",
+    }
+    print_wrapped(text[same])
+    mixes = mixes_samples(ways["normal"].model, dataset, args, device)
     if same and mixes:
-        text += "\nSamples of a batch affect each other, as with BatchNorm: so it does"
-        text += (
-            f" not train as one batch of {global_batch_size:,} does. README: Mixing."
-        )
-    for line in text.splitlines():
-        print(textwrap.fill(line, 80))
-    size = sum(p.numel() * p.element_size() for p in trained)
+        text = "Samples of a batch affect each other, as with BatchNorm: so it does not"
+        print_wrapped(f"{text} train as one large batch does. README: Mixing.")
+    size = sum(gradient.nbytes for gradient in expected)
     figures = {"same_gradients": same, "gradient_difference": difference}
     return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
 
 
-def take_gradients(model, loader, dataset, device, args, training=True, seed=0):
-    """Return, on rank 0, the gradients of each step of train_loop; train nothing.
+def compare_gradients(expected, found):
+    """Return, of all parameters, how far the gradients are apart and how long they are."""
+    gaps = [(one - other).norm().item() for one, other in zip(expected, found)]
+    lengths = [gradient.norm().item() for gradient in expected]
+    return torch.tensor(gaps), torch.tensor(lengths).clamp(min=1e-30)
 
-    `loader` has indices of `dataset`. Everything is repeatable: random numbers depend on
-    a sample's index while it is read (with __getitems__, on the batch's first), and start
-    anew for each batch (dropout); what is not trained (BatchNorm's statistics, frozen
-    weights) gets its first values again.
+
+class Seeded(Dataset):
+    """Reads a dataset with seeded augmentation: who reads a sample makes no difference."""
+
+    def __init__(self, dataset, seed=0):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitems__(self, indices):
+        if hasattr(self.dataset, "__getitems__"):
+            seed_everything(indices[0] + self.seed)
+            samples = self.dataset.__getitems__(indices)
+        else:
+            samples = []
+            for index in indices:
+                seed_everything(index)
+                samples.append(self.dataset[index])
+        seed_everything(self.seed)  # for collate
+        return samples
+
+
+def take_gradients(model, batches, args, device, seed=0):
+    """Return the gradients of a step, in CPU memory. The model stays as it was.
+
+    They can be repeated: before each batch, random numbers (dropout) start anew, and
+    what changes without training (BatchNorm's statistics) gets its first values again.
     """
-    gradients = []  # of each step, a vector
-    trained = [p for p in model.parameters() if p.requires_grad]
 
-    def not_trained():
-        named = [*model.named_buffers(), *model.named_parameters()]
+    def untrained():  # by name, as a forward pass may replace a buffer
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
         return {name: value for name, value in named if not value.requires_grad}
 
-    first = {name: value.clone() for name, value in not_trained().items()}
+    first = {name: value.detach().clone() for name, value in untrained().items()}
 
     def reset():
-        with torch.no_grad():
-            for name, value in not_trained().items():
-                value.copy_(first.get(name, value))
+        seed_everything(seed)
+        for name, value in untrained().items():
+            value.data = first.get(name, value).clone()
 
-    def read(indices):  # in place of collate
-        if hasattr(dataset, "__getitems__"):
-            seed_generators(indices[0] + seed)
-            samples = dataset.__getitems__(indices)
-        else:
-            samples = [seed_generators(index) or dataset[index] for index in indices]
-        seed_generators(seed)
-        batch = collate(samples)
-        model.train(training)
-        reset()
-        return batch
-
-    class StandIn:  # for the optimizer and for the scaler of its gradients
-        def scale(self, loss):
-            return loss * factor
-
-        def unscale_(self, _):
-            for p in trained:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(factor)
-
-        def step(self, _):
-            if dist.get_rank() == 0:
-                gradients.append(torch.cat([p.grad.flatten().cpu() for p in trained]))
-
-        def update(self):
-            pass
-
-        def zero_grad(self):
-            model.zero_grad()
-
-    # DDP divides gradients, not the loss, by the number of ranks: so does normal training
-    # here, to round alike.
-    factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
-    loader.collate_fn = read
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            with redirect_stdout(None):
-                train_loop(model, loader, StandIn(), StandIn(), device, args)
-        finally:
+    def batches_after_reset():
+        for batch in batches:
             reset()
-            model.train()
-            model.zero_grad()
-            random.setstate(states[0])
-            if numpy:
-                numpy.random.set_state(states[1])
-    return gradients
+            yield copy.copy(batch)  # compute_loss may take something out of it
 
+    # DDP divides gradients, not the loss, by the world size. So does normal training
+    # here: otherwise, float16 and bfloat16 would round differently.
+    divisor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
 
-def seed_generators(seed):
-    """Seed what draws random numbers; return None."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
+    def scale(loss):
+        return loss * divisor
 
-
-def relative_difference(expected, found):
-    """Return how far these lists of vectors are apart, relative to their lengths."""
-    if len(expected) != len(found):
-        return math.inf
-    pairs = zip(expected, found)
-    parts = [(a - b).norm() / a.norm().clamp(min=1e-30) for a, b in pairs]
-    return torch.stack(parts).max().item()  # NaN, if one is
+    counts = [as_number(count_items(batch)) for batch in batches]
+    fresh, metrics = batches_after_reset(), Metrics(device)
+    try:
+        accumulate_gradients(model, fresh, counts, scale, metrics, args, device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        return [(gradient.to_dense() / divisor).cpu() for gradient in taken]
+    finally:
+        model.zero_grad()
+        reset()
 
 
 def mixes_samples(model, dataset, args, device):
-    """Return whether the samples of a batch affect each other's gradients.
+    """Return whether samples of a batch affect each other; None if that cannot be told.
 
-    If so, several batches are not the same as a large one. None: it cannot be told.
+    If they do not, a batch has the same gradient as its parts; and several batches train
+    as a large one does.
     """
-    if dist.get_world_size() == 1 or len(dataset) == 1:
-        return None
     kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
-    if any(isinstance(m, kinds) and m.training for m in model.train().modules()):
+    if any(isinstance(module, kinds) for module in model.modules() if module.training):
         return True
-    count = min(len(dataset), max(2, min(args.batch_size, 16)))
-    indices = [number * len(dataset) // count for number in range(count)]
-    args = copy.copy(args)
-    args.precision, args.grad_accum_steps = "float32", 2
+    args = argparse.Namespace(**{**vars(args), "precision": "float32"})
 
-    def gradients(batch_size, seed=0):
-        batch_sampler = BatchSampler(range(count), batch_size, drop_last=False)
-        loader = DataLoader(indices, batch_sampler=batch_sampler)
-        return take_gradients(model, loader, dataset, device, args, False, seed)
+    def take(*indices, seed=0):
+        batches = make_loader(Seeded(dataset, seed), indices, args, device)
+        return take_gradients(model.eval(), list(batches), args, device, seed)
 
+    def differ(expected, found):
+        gaps, lengths = compare_gradients(expected, found)
+        return bool(
+            (gaps / lengths.clamp(min=1e-3 * lengths.norm().item())).max() > 1e-2
+        )
+
+    size = 2 * min(len(dataset) // 2, args.batch_size, 8)
+    part = min(2, size // 2)
     try:
-        whole = gradients(count)
-        if relative_difference(whole, gradients(count, seed=1)) > 1e-3:
-            return None  # there are random numbers in evaluation mode, too
-        in_two_batches = gradients(count * 3 // 4)
-        return relative_difference(whole, in_two_batches) > 1e-2
+        whole = take(range(size))
+        if differ(whole, take(range(size), seed=1)):  # there is noise: no comparison
+            return None
+        return differ(whole, take(*[range(i, i + part) for i in range(0, size, part)]))
     except Exception:  # noqa: BLE001, not every model has a loss in evaluation mode
         return None
+    finally:
+        model.train()
 
 
-def print_epochs(epoch, epochs, normal, ddp):
+# Is it faster? And if not, why not?
+
+
+def print_epoch(epoch, epochs, normal, ddp):
     """Print a line with an epoch of both trainings, side by side."""
     if epoch == 0:
         print(f"{'':9}{'normal':>31}{'DDP':>31}")
         print(f"{'epoch':>9}" + "     loss  accuracy   samples/s" * 2 + " speedup")
     line = f"{f'{epoch + 1}/{epochs}':>9}"
     for result in (normal, ddp):
-        rate = format_rate(result.samples, result.seconds)
-        line += f"{result.loss:9.4f}{result.accuracy:10.1%}{rate:>12}"
+        rate = result.samples / result.seconds
+        line += f"{result.loss:9.4f}{result.accuracy:10.1%}{rate:12,.1f}"
     print(f"{line}{normal.seconds / ddp.seconds:8.2f}")
 
 
-def measure_step(training, epochs):
-    """Return where the ms of a DDP step went, on average; then, the model is useless.
+def measure_steps(ways, results, steps_per_epoch, dataset, device):
+    """Return the ms of a step, both ways, and where a DDP step's go. Spoils the weights.
 
-    Times steps with one batch that is on the device already, in turns with and without
-    averaging the gradients. What a step of the epochs took beyond that went into data:
-    into reading, and waiting for the rank that reads longest. (The median epoch is taken,
-    as the first can be slow.)
+    Steps are timed with batches that are on the device already, with and without
+    averaging gradients. What a step of the epochs took beyond the former is data.
     """
-    model, loader, _, _, device, args = training
-    steps_per_epoch = math.ceil(len(loader) / args.grad_accum_steps)
-    all_ms = [result.seconds * 1000 / steps_per_epoch for result in epochs]
-    step_ms = statistics.median(all_ms)
-    steps = [max(5, int(100 / step_ms))]
-    dist.broadcast_object_list(steps, 0)  # rank 0's, for all
-    batch = to_device(next(iter(loader)), device)
-    size = min(args.batch_size, len(loader.batch_sampler.sampler))
-    count = steps[0] * args.grad_accum_steps
 
-    class Kept(list):  # in place of a loader
-        batch_sampler = BatchSampler(range(count * size), size, drop_last=False)
+    def median_ms(name):  # of the epochs; the first one warms up
+        seconds = [result.seconds for result in results[name][1:] or results[name]]
+        return 1000 * statistics.median(seconds) / steps_per_epoch
 
-    def milliseconds(context):
-        with context(), redirect_stdout(None):
-            result = train_loop(model, Kept([batch] * count), *training[2:])
-        return result.seconds / steps[0] * 1000
-
-    turns = [[milliseconds(c) for c in (nullcontext, model.no_sync)] for _ in range(4)]
-    whole, compute = map(statistics.mean, zip(*turns))
-    whole = min(whole, step_ms)  # or noise could make a part negative
-    compute = min(compute, whole)
-    parts = {"data": step_ms - whole, "compute": compute, "sync": whole - compute}
-    scale = statistics.mean(all_ms) / step_ms
-    return {name: ms * scale for name, ms in parts.items()}
-
-
-def summarise(normal_epochs, ddp_epochs):
-    """Return the figures of both trainings, from what train_loop returned."""
-    figures = {}
-    for way, epochs in (("normal", normal_epochs), ("ddp", ddp_epochs)):
-        _, _, samples, seconds = map(sum, zip(*epochs))
-        rate, last = samples / seconds, epochs[-1]
-        figures[way] = {"seconds": seconds, "samples_per_second": rate}
-        figures[way].update(loss=last.loss, accuracy=last.accuracy)
-    speedup = figures["normal"]["seconds"] / figures["ddp"]["seconds"]
-    figures.update(speedup=speedup, efficiency=speedup / dist.get_world_size())
-    ratios = [a.seconds / b.seconds for a, b in zip(normal_epochs, ddp_epochs)]
-    return dict(figures, speedup_range=[min(ratios), max(ratios)])
+    model, loader, training, args = ways["ddp"]
+    step_ms = median_ms("ddp")
+    repeats = [max(2, round(400 / step_ms))]  # for nearly half a second
+    dist.broadcast_object_list(repeats, 0)  # rank 0's, for all
+    # Those of some steps, as batches can differ in size.
+    num_batches = args.grad_accum_steps * min(repeats[0], 4)
+    indices = list(islice(loader.batch_sampler, num_batches))
+    steps = model, dataset, indices, repeats[0], training, args, device
+    synced_ms = min(time_steps(*steps), step_ms)  # or noise could make a part negative
+    with model.no_sync():  # last: here, the ranks' weights drift apart
+        compute_ms = min(time_steps(*steps), synced_ms)
+    parts = {"data": step_ms - synced_ms, "compute": compute_ms}
+    parts["sync"] = synced_ms - compute_ms
+    figures = {"ddp_step_ms": parts, "large_batch_step_ms": None}
+    if dist.get_rank() == 0:
+        figures["normal_step_ms"] = median_ms("normal")
+    if dist.get_rank() == 0 and device.type == "cuda":
+        # One device might take a batch as large as those of all ranks together. (Not
+        # tried on a CPU, which can run out of memory without an exception.)
+        model, _, training, _ = ways["normal"]
+        indices = [range(args.batch_size * args.world_size)] * args.grad_accum_steps
+        steps = model, dataset, indices, repeats[0], training, args, device
+        with suppress(torch.cuda.OutOfMemoryError):
+            figures["large_batch_step_ms"] = time_steps(*steps)
+    return figures
 
 
-def print_report(run, args):
-    """Print how long both trainings took, where a step's time goes, and the verdict."""
-    print(f"Normal training time: {run['normal']['seconds']:.2f} seconds")
-    print(f"DDP training time: {run['ddp']['seconds']:.2f} seconds")
-    step, normal = sum(run["ddp_step_ms"].values()), run["normal_step_ms"]
-    print(f"\nA step takes {normal:.2f} ms normally and {step:.2f} ms with DDP:")
-    for part, ms in run["ddp_step_ms"].items():
-        print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / step)}")
-    print(f"(sync averages {run['gradient_bytes']:,} bytes of gradients)")
-    print(textwrap.fill(verdict(run, args), 80, break_on_hyphens=False))
+def time_steps(model, dataset, indices, repeats, training, args, device):
+    """Return the ms of an optimizer step, on average, without reading data.
+
+    `indices`: for each batch of a step, or of several steps in turn.
+    """
+    batches = list(make_loader(dataset, indices, args, device))
+    counts = [as_number(count_items(batch)) for batch in batches]
+    batches = [to_device(batch, device) for batch in batches]
+    training = training._replace(scheduler=None)  # it has done all its steps
+    metrics, starts = Metrics(device), range(0, len(batches), args.grad_accum_steps)
+    for number, start in zip(range(repeats + 1), itertools.cycle(starts)):
+        if number == 1:  # the first step warms up
+            metrics.loss_sum.item()  # waits for the GPU
+            begin = time.perf_counter()
+        step = slice(start, start + args.grad_accum_steps)
+        copies = [copy.copy(batch) for batch in batches[step]]
+        train_step(model, copies, counts[step], training, metrics, args, device)
+    metrics.loss_sum.item()
+    return 1000 * (time.perf_counter() - begin) / repeats
 
 
-def verdict(run, args):
+def report(results, figures, args):
+    """Complete the figures; print times, where a step's time goes, and the verdict."""
+    for name, way in (("Normal", "normal"), ("DDP", "ddp")):
+        seconds = figures[f"{way}_seconds"] = sum(r.seconds for r in results[way])
+        print(f"{name} training time: {seconds:.2f} seconds")
+        figures[way] = results[way][-1]._asdict()
+    pairs = list(zip(results["normal"], results["ddp"]))
+    ratios = [normal.seconds / ddp.seconds for normal, ddp in pairs[1:] or pairs]
+    parts = figures["ddp_step_ms"]
+    normal_ms, ddp_ms = figures["normal_step_ms"], sum(parts.values())
+    figures.update(speedup=normal_ms / ddp_ms, speedup_range=[min(ratios), max(ratios)])
+    print(f"\nA step takes {normal_ms:.2f} ms normally, {ddp_ms:.2f} with DDP:")
+    for part, ms in parts.items():
+        print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / ddp_ms)}")
+    print(f"(sync averages {figures['gradient_bytes']:,} bytes of gradients)")
+    if figures["large_batch_step_ms"]:
+        size, ms = args.batch_size * args.world_size, figures["large_batch_step_ms"]
+        print(f"One device, with batches of {size:,}: {ms:.2f} ms, without data")
+    print_wrapped(verdict(figures, len(ratios), args))
+
+
+def verdict(figures, num_ratios, args):
     """Return in words what the figures show, why, and what would help."""
-    n, speedup, (low, high) = run["world_size"], run["speedup"], run["speedup_range"]
-    how = "DDP makes no clear difference" if low < high else "One epoch cannot tell"
-    if low < high and (low > 1 and speedup > 1.1 or high < 1 and speedup < 0.9):
-        how = "DDP is faster" if speedup > 1 else "DDP is slower"
-    text = f"{how}: {speedup:.2f} times the speed of normal training"
-    if low < high:
-        text += f" ({low:.2f} to {high:.2f} in single epochs)"
-    if n == 1:
-        return f"{text}. With one process, no speedup is possible."
-    text += f", where {n} would be ideal."
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else args.cores
-    if n > devices:
-        return f"{text} {n} processes share {devices} devices: use no more than that."
-    data, compute, sync = (run["ddp_step_ms"][k] for k in ("data", "compute", "sync"))
-    alone, normal = data + compute, run["normal_step_ms"]
+    speedup, (slowest, fastest) = figures["speedup"], figures["speedup_range"]
+    data, compute, sync = figures["ddp_step_ms"].values()
+    unsynced, normal_ms = data + compute, figures["normal_step_ms"]
+    how = "DDP makes no clear difference"
+    if num_ratios == 1:
+        how = "Too few epochs to tell"
+    elif slowest > 1 and speedup > 1.1 and args.world_size > 1:
+        how = "DDP is faster"
+    elif fastest < 1 and speedup < 0.9:
+        how = "DDP is slower"
+    text = f"{how}: {speedup:.2f} times the speed of normal training ({slowest:.2f} to"
+    text += f" {fastest:.2f} in single epochs)"
+    if args.world_size == 1:
+        return f"{text}. One process cannot be faster."
+    text += f", where {args.world_size} would be ideal."
+    devices = torch.cuda.device_count() or args.cores
+    if args.world_size > devices:
+        return f"{text} {args.world_size} processes share {devices}: use no more."
     if data > max(compute, sync):
-        advice = f"try --num_workers {args.num_workers + 2}"
-        return f"{text} Loading takes {data:.2f} of {alone + sync:.2f} ms: {advice}."
-    if alone >= 4 * sync:
+        return f"{text} Loading costs most: try --num_workers {args.num_workers + 2}."
+    if unsynced >= 4 * sync:  # synchronising takes a fifth of a step, or less
         return text
-    factor = next((k for k in (2, 4, 8) if k * alone >= 4 * sync), None)
-    if factor is None or normal / alone < 1.3:
-        text += f" There is too little work to share ({alone:.2f} ms, for {sync:.2f} ms"
-        return f"{text} of synchronising): use a larger batch or model."
-    gain = factor * normal / (factor * alone + sync)
-    text += f" {factor} times as much work per synchronisation would make it about"
-    text += f" {gain:.1f}: --grad_accum_steps {factor * args.grad_accum_steps}, or, if"
-    return f"{text} the memory allows, --batch_size {factor * args.batch_size}."
+    # How much more work for each synchronisation makes it a fifth?
+    factor = next((f for f in (2, 4, 8) if f * unsynced >= 4 * sync), None)
+    if factor is None or normal_ms < 1.3 * unsynced:  # that would not gain much
+        text += f" There is too little work to share ({unsynced:.2f} ms, for {sync:.2f}"
+        return f"{text} ms of sync): use a larger batch or model."
+    gain = factor * normal_ms / (factor * unsynced + sync)
+    text += f" About {gain:.1f} with --grad_accum_steps"
+    text += f" {factor * args.grad_accum_steps} or, if it fits, --batch_size"
+    text += f" {factor * args.batch_size}: the global batch becomes {factor} times as"
+    return f"{text} large, so mind the learning rate."
 
 
-def print_table(runs):
-    print("\nworld size  global batch  normal seconds  DDP seconds  speedup  of ideal")
-    for run in runs:
-        row = f"{run['world_size']:10} {run['global_batch_size']:13,}"
-        row += f" {run['normal']['seconds']:15.2f} {run['ddp']['seconds']:12.2f}"
-        print(f"{row} {run['speedup']:8.2f} {run['efficiency']:9.0%}")
+def print_wrapped(text):
+    print(textwrap.fill(text, 80, break_on_hyphens=False))
+
+
+# What torchrun_ddp.py needs, too.
 
 
 def choose_device(local_rank):
@@ -625,71 +702,157 @@ def choose_device(local_rank):
     return device
 
 
-def choose_precision(amp, device):
-    """Return a type's name: float16 for --amp where a GPU would emulate bfloat16."""
-    if not amp:
-        return "float32"
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return "float16" if old else "bfloat16"
+def use_definitions(path):
+    """Let what this Python file defines take the place of the definitions above."""
+    names = "MyDataset MyModel make_datasets make_model compute_loss count_items"
+    names = f"{names} collate make_optimizer make_scheduler wrap".split()
+    folder, file = os.path.split(os.path.abspath(path))
+    sys.path.insert(0, folder)  # so that it can import its neighbours
+    module = importlib.import_module(os.path.splitext(file)[0])
+    found = {name: vars(module)[name] for name in names if name in vars(module)}
+    globals().update(found)
+    if not found and os.environ["RANK"] == "0":  # the launcher then ends the others
+        print(f"{path} defines none of {', '.join(names)}", file=sys.stderr)
+        sys.exit(2)
+    if os.environ["RANK"] == "0":
+        print(f"From {path}: {', '.join(found)}")
 
 
-def make_optimizer(model, learning_rate):
-    """Return Adam: from PyTorch 2.4 on, the fused one, which is faster."""
-    fused = torch.__version__ >= "2.4" or None  # compares versions, not strings
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
+def seed_everything(seed):
+    """Seed all that draws random numbers: PyTorch, Python, and NumPy where it is used."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def make_scaler(precision, device):
-    """Return a scaler, so that small gradients survive float16; else it does nothing."""
-    enabled = precision == "float16"
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(device.type, enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled)  # before PyTorch 2.3
+def check_data(dataset, args, device):
+    """Check that all ranks read the same data: otherwise, training is silently wrong."""
+    rank, length = dist.get_rank(), len(dataset)
+    if differs(length):
+        sys.exit(
+            f"rank {rank} has {length} samples, others not. README: Different data"
+        )
+    if length < args.batch_size * dist.get_world_size():
+        sys.exit(f"{length} samples are too few: no rank would have a whole batch")
+    # Compare eight samples, which all ranks read as in training, with equal random
+    # numbers. Compare their text, without the addresses of objects in it.
+    seed_everything(args.seed)
+    indices = [number * (length - 1) // 7 for number in range(8)]
+    samples = next(iter(make_loader(dataset, [indices], args, device)))
+    text = re.sub("0x[0-9A-Fa-f]+", "", repr(samples))
+    differs(text, "the ranks read different samples. README: Different data")
 
 
-def make_autocast(precision, device):
-    """Return a context in which PyTorch computes in this precision where it is safe."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))
+def differs(value, warning=""):
+    """Return whether this value is not the same on all ranks; then, rank 0 may warn."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
+    if warning and len(set(values)) > 1 and dist.get_rank() == 0:
+        print(f"WARNING: {warning}")
+    return len(set(values)) > 1
+
+
+def check_weights(model):
+    """Return whether all ranks have the same weights; otherwise, rank 0 warns."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    sums = [torch.linalg.vector_norm(p, 1).item() for p in trained]
+    return not differs(sums, "the ranks' weights differ. README: Different weights")
 
 
 def make_loader(dataset, batch_sampler, args, device):
-    """Return a DataLoader of the batches whose indices a BatchSampler gives."""
+    """Return a DataLoader of the batches whose indices `batch_sampler` gives."""
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
+        timeout=args.timeout if args.num_workers else 0,
         persistent_workers=args.num_workers > 0,  # or each epoch starts them again
         pin_memory=device.type == "cuda",  # non_blocking copies need it
     )
 
 
+def autocast(args, device):
+    """Return a context in which PyTorch computes in --precision where that is safe."""
+    if args.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, args.precision))
+
+
 def to_device(batch, device):
     """Return a batch, whatever it is made of, with its tensors on `device`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if hasattr(batch, "to"):  # a tokenizer's batch, a PackedSequence, a graph
-        return copy.copy(batch).to(device)  # a copy, as some move themselves
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+    if callable(getattr(type(batch), "to", None)):  # a tensor, a graph, ...
+        try:
+            return batch.to(device, non_blocking=True)
+        except TypeError:  # a tokenizer's batch, before transformers 4.48
+            return batch.to(device)
+    if isinstance(batch, dict) or hasattr(batch, "__dataclass_fields__"):
+        moved = copy.copy(batch)  # of the same type
+        fields = moved if isinstance(batch, dict) else vars(moved)
+        for key, value in list(fields.items()):
+            fields[key] = to_device(value, device)
+        return moved
     if isinstance(batch, (list, tuple)):
         parts = [to_device(part, device) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 
-def format_rate(samples, seconds):
-    """Return samples per second, with at least three digits."""
-    rate = samples / seconds
-    return f"{rate:,.2f}" if rate < 100 else f"{rate:,.0f}"
+def parse_flags(parser):
+    """Add the flags of both scripts; return all arguments, or exit with code 2."""
+    numbers = [  # with their smallest values
+        ("--epochs", 5, 1, "passes over the dataset"),
+        ("--batch_size", 64, 1, "samples per process and batch"),
+        ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
+        ("--learning_rate", 0.01, 0, "of Adam"),
+        ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not"),
+        ("--dataset_length", 20000, 1, "samples in the dataset"),
+        ("--input_size", 100, 1, "features per sample"),
+        ("--num_workers", 0, 0, "DataLoader workers per process"),
+        ("--seed", 0, 0, "of weights, data and shuffling"),
+        ("--timeout", 600.0, 1, "seconds that a rank waits for others"),
+    ]
+    add, gpus = parser.add_argument, torch.cuda.is_available()
+    for flag, default, _, help in numbers:
+        help += f" (default: {default})"
+        add(flag, type=type(default), default=default, metavar="N", help=help)
+    kinds = ["float32", "bfloat16", "float16"]
+    help = "bfloat16: A100, RTX 30 and newer, CPUs; float16: older GPUs, as T4, V100"
+    add("--precision", choices=kinds, default=kinds[0], help=help)
+    backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
+    help = f"nccl needs a GPU per process; gloo lets them share (default: {backend})"
+    add("--backend", choices=["nccl", "gloo"], default=backend, help=help)
+    add("--definitions", metavar="FILE", help="Python file with your MyDataset, ...")
+    args = parser.parse_args()
+    for flag, _, minimum, _ in numbers:
+        if not minimum <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
+            parser.error(f"{flag} must be a number from {minimum}")
+    if args.backend == "nccl" and not gpus:
+        parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
+    file = args.definitions
+    if file and (
+        not os.path.isfile(file) or os.path.basename(file)[:-3] in sys.modules
+    ):
+        parser.error(f"--definitions {file}: no such file, or a module has its name")
+    return args
 
 
-def open_store(refuse):
+Training = namedtuple("Training", "optimizer scheduler scaler")  # what train_step needs
+
+
+def make_training(model, steps, args, device):
+    """Return what train_step needs besides a model. (The scheduler can be None.)"""
+    optimizer = make_optimizer(model, args)
+    scheduler = make_scheduler(optimizer, steps, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
+    return Training(optimizer, scheduler, scaler)
+
+
+def open_store(parser):
     """Return the store where the ranks meet, at MASTER_ADDR and MASTER_PORT.
 
-    Without MASTER_PORT, at any free port. On failure, calls `refuse(message)`.
+    Without MASTER_PORT, at any free port. Exits with code 2 if it cannot listen there.
     """
     address = os.environ.get("MASTER_ADDR") or "localhost"
     port = os.environ.get("MASTER_PORT") or "0"
@@ -697,83 +860,36 @@ def open_store(refuse):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server = socket.create_server((address, int(port)), family=family)
     except (OSError, OverflowError, ValueError) as reason:
-        refuse(f"cannot listen at MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
+        parser.error(f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
     host, port = server.getsockname()[:2]
-    options, listening = {"is_master": True, "wait_for_workers": False}, server.detach()
-    try:
-        # Given this socket, the store listens at this address only. (In PyTorch 2.6,
-        # libuv, the default, cannot take one.)
-        given = {"master_listen_fd": listening, "use_libuv": False}
-        return dist.TCPStore(host, port, **options, **given)
-    except TypeError:  # older than that option, as PyTorch 2.0
-        os.close(listening)
-        return dist.TCPStore(host, port, **options)
-
-
-def make_parser():
-    """Return a parser with the flags of both scripts, and a function that adds more."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
-    parser.description = __doc__
-
-    def add(flag, kind, minimum, default, help):
-        def number(text):
-            if minimum <= kind(text) < float("inf"):  # false for NaN, too
-                return kind(text)
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum}")
-
-        help = f"{help} (default: {default})"
-        parser.add_argument(flag, type=number, default=default, metavar="N", help=help)
-
-    add("--epochs", int, 1, 5, "passes over the dataset")
-    add("--batch_size", int, 1, 64, "samples per process and batch")
-    add("--grad_accum_steps", int, 1, 1, "batches per process and optimizer step")
-    add("--learning_rate", float, 0, 0.01, "of Adam")
-    add("--dataset_length", int, 1, 20000, "samples in the dataset")
-    add("--input_size", int, 1, 100, "features per sample")
-    add("--num_workers", int, 0, 0, "DataLoader workers per process")
-    add("--seed", int, 0, 0, "of weights, data and shuffling")
-    add("--timeout", float, 1, 600.0, "seconds that a rank waits for others")
-    help = "compute in bfloat16 or, on GPUs without it, in float16"
-    parser.add_argument("--amp", action="store_true", help=help)
-    help = "default: nccl if each process has a GPU to itself, else gloo"
-    parser.add_argument("--backend", choices=["nccl", "gloo"], help=help)
-    return parser, add
-
-
-def choose_backend(backend, local_world_size, refuse):
-    """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
-    # device_count() alone may count GPUs that cannot be used.
-    usable = torch.cuda.is_available() and dist.is_nccl_available()
-    if backend == "nccl" and not usable:
-        refuse("--backend nccl needs a CUDA GPU; use --backend gloo")
-    enough = usable and local_world_size <= torch.cuda.device_count()
-    return backend or ("nccl" if enough else "gloo")
+    # Given this socket, the store listens at this address only. (libuv, the default,
+    # cannot take one in PyTorch 2.6.)
+    given = {"master_listen_fd": server.detach(), "use_libuv": False}
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, **given)
 
 
 def parse_args():
-    """Return the arguments, a backend for each world size, and the store.
-
-    Exits with code 2 if they are invalid.
-    """
-    parser, _ = make_parser()
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    count, add = gpus or 2, parser.add_argument
-    help = "processes; several numbers are compared (default: one per GPU, or 2)"
-    add("--world_size", type=int, nargs="+", default=[count], metavar="N", help=help)
-    add("--json", metavar="FILE", help="write the figures to FILE")
-    args = parser.parse_args()
+    help = "number of processes (default: one per GPU or, without GPUs, 2)"
+    parser.add_argument("--world_size", type=int, default=gpus or 2, help=help)
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    args = parse_flags(parser)
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     args.cores = len(affinity(0))  # on Linux, those that this process may use
-    most = max(16, args.cores, count)
-    if not all(1 <= n <= most for n in args.world_size):
+    most = max(16, args.cores, gpus)
+    if not 1 <= args.world_size <= most:
         parser.error(f"--world_size must be from 1 to {most}")
-    backends = [choose_backend(args.backend, n, parser.error) for n in args.world_size]
+    too_few = args.world_size > gpus and "NCCL_MULTI_RANK_GPU_ENABLE" not in os.environ
+    if args.backend == "nccl" and too_few:
+        parser.error("fewer GPUs than processes: --backend gloo lets them share")
     if args.json:
         try:
             open(args.json, "a").close()
         except OSError as reason:
             parser.error(f"--json: {reason}")
-    return args, backends, open_store(parser.error)
+    return args, open_store(parser)
 
 
 if __name__ == "__main__":

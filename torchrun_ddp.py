@@ -3,36 +3,45 @@ r"""Train with DistributedDataParallel (DDP). torchrun starts this file in each 
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
 "auto" is one process per GPU or, without GPUs, per core. On two machines with 8 GPUs
-each, run this on the first (here 10.0.0.1), and with --node_rank=1 on the second:
+each, run this on both; 10.0.0.1 is one of them:
 
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
-        --master_port=29500 torchrun_ddp.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \
+        --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=1 torchrun_ddp.py
 
-To train your own model, replace MyDataset, MyModel and compute_loss (and collate, where
-samples cannot simply be stacked). Nothing else depends on what is in a batch.
+To train your own model, add --definitions FILE: your own versions of what you need of
+the ten definitions below, from MyDataset to wrap. Or replace them here. No other line
+makes a dataset or a model, or knows what is in a batch.
 
-A rank is a process's number, or the process; the world size is how many there are. A
-collective is a call by which ranks exchange data: all ranks must make it, or the others
-hang. Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, in the
-order in which it runs: the last, DDP 9, is at the end of main.
+Each process has a number, its rank; the world size is how many there are. A collective
+is a call by which ranks exchange data, such as an all-reduce, which adds up their
+tensors. All ranks must make it: a rank waits for the others, up to --timeout.
+
+Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, numbered in
+the order in which it happens: 1, 2 and 9 are in main; 3, 4, 5 and 8 in train; 6 in
+accumulate_gradients; 7 in Metrics.
 """
 
 import argparse
 import copy
 import ctypes
 import gc
+import importlib
+import math
 import os
 import platform
+import random
+import re
 import sys
 import time
-from array import array
 from collections import namedtuple
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the group alive: DDP 9
+import torch.distributed.nn  # now: imported later, it would keep the group (DDP 9)
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -43,7 +52,7 @@ class MyDataset(Dataset):
     """Random inputs of shape (size,) and labels 0 or 1; train=False: different ones."""
 
     def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + train)
+        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
 
@@ -54,10 +63,9 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch. Optional: for data in memory, much faster than one by one."""
-        # torch.tensor(indices) would take longer than reading the rows.
-        rows = torch.frombuffer(array("q", indices), dtype=torch.int64)
-        return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
+        """Return a batch at once. Optional: much faster, where the data is in memory."""
+        indices = torch.tensor(indices)
+        return self.inputs[indices], self.labels[indices]
 
 
 class MyModel(nn.Module):
@@ -71,176 +79,281 @@ class MyModel(nn.Module):
         return self.linear(inputs)
 
 
-def compute_loss(model, batch):
-    """Return the mean loss of a batch, its number of samples and how many are right.
+def make_datasets(args):
+    """Return the training set and the validation set, the same ones on all ranks."""
+    length, size, seed = args.dataset_length, args.input_size, args.seed
+    validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
+    return MyDataset(length, size, seed), validation_set
 
-    The number is an int and counts samples, not tokens. The others stay on the device,
-    without .item(). In place of the last, any sum over the samples will do.
+
+def make_model(args):
+    return MyModel(args.input_size)
+
+
+def compute_loss(model, batch):
+    """Return the mean loss of a batch, and how many of its samples or tokens are correct.
+
+    Call `model` itself, not one of its methods: DDP has to see each forward pass.
     """
     inputs, labels = batch
     outputs = model(inputs)
     loss = nn.functional.cross_entropy(outputs, labels)
-    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+    return loss, (outputs.argmax(dim=1) == labels).sum()
+
+
+def count_items(batch):
+    """Return the number of items (samples, tokens) that compute_loss averages over.
+
+    Return an int if it is the same on all ranks, as the size of full batches is: then
+    nothing is exchanged. For tokens, return a tensor, such as (labels != -100).sum(),
+    and never its .item(): in each step, the ranks then add up theirs, and each token has
+    the same weight. `batch` is still in CPU memory. If a batch can be without any item,
+    mind that your loss has a finite gradient then, as cross_entropy's has.
+    """
+    _, labels = batch
+    return len(labels)
 
 
 def collate(samples):
-    """Return a batch: stack samples, or take what __getitems__ returned as it is."""
+    """Stack a list of samples; keep a batch of __getitems__, a tuple or a dict, as it is."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
 
 
+def make_optimizer(model, args):
+    """Return Adam. (The fused one is faster, but refuses complex parameters.)"""
+    fused = all(map(torch.is_floating_point, model.parameters()))
+    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=fused)
+
+
+def make_scheduler(optimizer, steps, args):
+    """Return None, or a scheduler that is stepped after each of `steps` steps."""
+    return
+
+
+def wrap(model):
+    """Return the model with DDP around it. Add options of DDP here."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
 @record  # torchrun's report then contains the error of a rank that failed
 def main():
-    # DDP 1: launch. torchrun runs this in every process that it starts.
-    if sys.platform == "linux":  # die with torchrun, instead of training on alone
+    # DDP 1: launch. torchrun runs this in every process that it starts. If one of them
+    # fails, torchrun ends the others.
+    args = parse_args()
+    if sys.platform == "linux":  # if torchrun is killed, the kernel kills this process
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
-    args = parse_args()
-    # DDP 2: take a device, then join the others. (Local rank: rank on this machine.)
+    # DDP 2: own a device, then join the others. (Local rank: rank on this machine.)
     device = choose_device(int(os.environ["LOCAL_RANK"]))
-    join(args, device)
+    if args.definitions:
+        use_definitions(args.definitions)
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects now: or fails now
+    if os.environ["LOCAL_RANK"] == "0":
+        here = f"{os.environ['LOCAL_WORLD_SIZE']} of {dist.get_world_size()} processes"
+        how = f"{device.type}, backend {args.backend}, {args.precision}"
+        print(f"{platform.node()}: {here} on {how}")
     train(args, device)
-    # DDP 9: leave, once the DDP model is freed: if anything still holds the group, Gloo
+    # DDP 9: leave. First free the DDP model, which refers to the process group: or Gloo
     # can abort at exit (https://github.com/pytorch/pytorch/issues/190489).
     gc.collect()
     dist.destroy_process_group()
 
 
+Training = namedtuple("Training", "optimizer scheduler scaler")  # what train_step needs
+
+
 def train(args, device):
     """Train with DDP, from the start or from the snapshot."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # DDP 3: same start. The seed gives all ranks the same data. DDP, when it wraps the
-    # model, sends rank 0's weights to all ranks.
-    torch.manual_seed(args.seed)
-    length, size = args.dataset_length, args.input_size
-    dataset = MyDataset(length, size, args.seed)
-    validation_set = MyDataset(max(1, length // 10), size, args.seed, train=False)
-    model = MyModel(size).to(device)
-    optimizer = make_optimizer(model, args.learning_rate)
-    scaler = make_scaler(args.precision, device)
-    epochs_done, samples_done = load_snapshot(args, model, optimizer, scaler)
-    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    # DDP 4: shard. Each rank reads its own part of the dataset. DistributedSampler makes
-    # the parts equal: it repeats a few samples. Validation must count each just once.
-    sampler = ResumableSampler(dataset, seed=args.seed)
-    sampler.skip = samples_done // world_size
-    batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=False)
+    # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
+    # when it wraps the model, sends rank 0's weights to all ranks.
+    seed_everything(args.seed)
+    dataset, validation_set = make_datasets(args)
+    model = make_model(args).to(device)
+    check_data(dataset, args, device)
+    # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
+    # equally many batches, all full: a few samples are left out, others in each epoch.
+    sampler = DistributedSampler(dataset, seed=args.seed, drop_last=True)
+    batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
     loader = make_loader(dataset, batch_sampler, args, device)
-    part = range(rank, len(validation_set), world_size)
-    batch_sampler = BatchSampler(part, args.batch_size, drop_last=False)
-    validation_loader = make_loader(validation_set, batch_sampler, args, device)
+    # Validation takes each sample once: DistributedSampler would repeat or drop some.
+    shard = range(rank, len(validation_set), world_size)
+    validation_batches = BatchSampler(shard, args.batch_size, drop_last=False)
+    validation_loader = make_loader(validation_set, validation_batches, args, device)
 
-    def on_step(steps, samples):
-        if rank == 0 and args.save_every and steps % args.save_every == 0:
-            samples += sampler.skip * world_size
-            save_snapshot(args, model, optimizer, scaler, sampler.epoch, samples)
+    steps = args.epochs * math.ceil(len(loader) / args.grad_accum_steps)
+    optimizer = make_optimizer(model, args)
+    scheduler = make_scheduler(optimizer, steps, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
+    training = Training(optimizer, scheduler, scaler)
+    epochs_done, samples_done = load_snapshot(args, model, training)
+    skip = samples_done // (args.batch_size * world_size)  # batches of each rank
+    if skip == len(loader):  # with more ranks than before, too few samples are left
+        epochs_done, skip = epochs_done + 1, 0
+    ddp_model = wrap(model)  # shares its weights with `model`
+
+    def save_if_due(epoch, skip, batches_done):
+        if batches_done % (args.save_every * args.grad_accum_steps) == 0:
+            samples = (skip + batches_done) * args.batch_size * world_size
+            save_snapshot(args, model, training, epoch, samples)
 
     seconds = 0
     for epoch in range(epochs_done, args.epochs):
         sampler.set_epoch(epoch)  # DDP 5: reshuffle, or every epoch has the same order
         # For dropout and augmentation: different on each rank, and in each epoch.
-        torch.manual_seed(args.seed + epoch * world_size + rank)
-        # DDP 6 and 7, synchronise and measure globally, are in train_loop.
-        result = train_loop(ddp_model, loader, optimizer, scaler, device, args, on_step)
-        sampler.skip = 0  # later epochs are whole
-        seconds += result.seconds
-        if rank == 0:  # DDP 8: rank 0 alone reports and saves
-            rate = format_rate(result.samples, result.seconds)
-            print(
-                f"epoch {epoch + 1}/{args.epochs}  loss {result.loss:.4f}"
-                f"  accuracy {result.accuracy:.1%}  {rate} samples/s"
-            )
+        seed_everything(args.seed + epoch * world_size + rank)
+        batches = loader
+        if skip:  # go on where the snapshot was taken
+            batches = make_loader(dataset, list(batch_sampler)[skip:], args, device)
+        after_step = partial(save_if_due, epoch, skip) if args.save_every else None
+        # DDP 6 and 7, synchronise and measure globally, are in what this calls.
+        result = train_epoch(ddp_model, batches, training, args, device, after_step)
+        seconds, skip = seconds + result.seconds, 0
+        if rank == 0:  # DDP 8: rank 0 alone prints results and saves
+            line = f"epoch {epoch + 1}/{args.epochs}  loss {result.loss:.4f}"
+            rate = f"{result.samples / result.seconds:,.2f} samples/s"
+            print(f"{line}  accuracy {result.accuracy:.1%}  {rate}")
             if args.snapshot_path:
-                save_snapshot(args, model, optimizer, scaler, epoch + 1, 0)
-        loss, accuracy = evaluate(model, validation_loader, device, args)
+                save_snapshot(args, model, training, epoch + 1, 0)
+        # All ranks validate, each on its shard: this has collectives.
+        loss, accuracy = evaluate(ddp_model, validation_loader, args, device)
         if rank == 0:
             print(f"  validation  loss {loss:.4f}  accuracy {accuracy:.1%}")
+        check_weights(model)
     if rank == 0:
         print(f"DDP training time: {seconds:.2f} seconds")
 
 
-def train_loop(model, loader, optimizer, scaler, device, args, on_step=None):
-    """Train one epoch. Without DDP around `model`, this is ordinary training.
+EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
 
-    A step takes `batch_size` x `grad_accum_steps` samples of each rank: together, the
-    global batch, to which the learning rate has to fit. After each step but the last,
-    calls `on_step(steps, samples)` with the numbers done so far, of all ranks.
+
+def train_epoch(model, batches, training, args, device, after_step=None):
+    """Train one epoch with DDP, or without: ddp.py compares both, and shares this.
+
+    After each step but the last, rank 0 calls `after_step(batches done)`.
     """
     is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
-    autocast = make_autocast(args.precision, device)
-    num_batches, accum = len(loader), args.grad_accum_steps
-    batch_size = loader.batch_sampler.batch_size
-    length = len(loader.batch_sampler.sampler)  # samples of this rank
-    # Sums stay on the device: reading one, with .item(), waits for the GPU.
-    loss_sum, right_sum = torch.zeros(2, dtype=torch.float64, device=device)
-    done = 0
+    metrics, batches_done = Metrics(device), 0
+    iterator, num_batches = iter(batches), len(batches)
     model.train()
-    begin = last_print = time.perf_counter()
-    for number, batch in enumerate(loader, 1):
-        if (number - 1) % accum == 0:
-            # A step begins. How many samples will it have? The last has what is left.
-            step_samples = min(accum * batch_size, length - (number - 1) * batch_size)
-        step_ends = number % accum == 0 or number == num_batches
-        # DDP 6: synchronise. backward() averages the gradients over all ranks while it
-        # computes them. In no_sync(), which must enclose the forward pass as well, it
-        # averages nothing: once per step is enough.
-        with model.no_sync() if is_ddp and not step_ends else nullcontext():
-            with autocast:
-                loss, count, right = compute_loss(model, to_device(batch, device))
-            assert count <= batch_size, "compute_loss must count samples, not tokens"
-            # With this factor, each sample of the step weighs the same.
-            scaler.scale(loss * (count / step_samples)).backward()
-        done += count
-        with torch.no_grad():
-            loss_sum.add_(loss, alpha=count)
-            right_sum += right
-        if step_ends:
-            scaler.unscale_(optimizer)  # after this, gradients can be clipped
-            scaler.step(optimizer)  # with the same gradients on all ranks
-            scaler.update()
-            optimizer.zero_grad()
-            if on_step and number < num_batches:
-                on_step(number // accum, done * world_size)
-        if time.perf_counter() - last_print > 5 and rank == 0:
-            loss = loss_sum.item() / done
+    start = last_print = time.perf_counter()
+    while step_batches := list(islice(iterator, args.grad_accum_steps)):
+        counts = [as_number(count_items(batch)) for batch in step_batches]
+        train_step(model, step_batches, counts, training, metrics, args, device)
+        batches_done += len(step_batches)
+        samples = batches_done * args.batch_size * world_size
+        if after_step and rank == 0 and batches_done < num_batches:
+            after_step(batches_done)
+        if rank == 0 and time.perf_counter() - last_print > 5:
             last_print = time.perf_counter()
-            rate = format_rate(done * world_size, last_print - begin)
-            print(f"  batch {number}/{num_batches}  loss {loss:.4f}  {rate} samples/s")
-    assert done == length, f"compute_loss counted {done} samples instead of {length}"
-    # DDP 7: measure globally. The mean of rank 0's samples is not the mean of all.
-    totals = torch.stack([loss_sum, right_sum, loss_sum.new_tensor(done)])
-    if world_size > 1:
-        dist.all_reduce(totals)  # each rank now has the sum over all ranks
-    loss_sum, right_sum, done = totals.tolist()
-    seconds = time.perf_counter() - begin
-    return EpochResult(loss_sum / done, right_sum / done, int(done), seconds)
+            loss = metrics.loss_sum.item() / max(metrics.items, 1)
+            line = f"  batch {batches_done}/{num_batches}  loss of rank 0 {loss:.4f}"
+            print(f"{line}  {samples / (last_print - start):,.2f} samples/s")
+    loss, accuracy = metrics.means(is_ddp)  # waits for the GPU, so the time is right
+    seconds = time.perf_counter() - start
+    if is_ddp and isinstance(metrics.items, int):
+        warning = "count_items returns unequal ints: let it return a tensor"
+        differs(metrics.items, warning)
+    return EpochResult(loss, accuracy, samples, seconds)
 
 
-EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")  # of all ranks
+def as_number(count):
+    """Keep an int; make a float of a tensor, which is in CPU memory: no GPU is waited for."""
+    return count if isinstance(count, int) else float(count)
 
 
-def evaluate(model, loader, device, args):
-    """Return the mean loss and the accuracy (0 to 1) over the samples of all ranks.
+def train_step(model, batches, counts, training, metrics, args, device):
+    """Take one optimizer step, with the global batch: these batches, of all ranks."""
+    optimizer, scheduler, scaler = training
+    accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
+    scaler.unscale_(optimizer)
+    if args.max_grad_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    scaler.step(optimizer)  # with the same gradients on all ranks
+    scaler.update()
+    if scheduler:
+        scheduler.step()
+    optimizer.zero_grad()
 
-    Pass it the model without DDP, which synchronises buffers in each forward pass, and
-    can hang where ranks have unequal numbers of batches.
+
+def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
+    """Compute the gradients of a step. Each of `batches` has one of `counts` items.
+
+    `scale` is a function that is applied to each loss, such as that of a GradScaler.
     """
-    for buffer in model.buffers():  # BatchNorm's: use rank 0's, which are what is saved
-        dist.broadcast(buffer, 0)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, samples
+    is_ddp = hasattr(model, "no_sync")
+    world_size = dist.get_world_size() if is_ddp else 1
+    global_items = sum(counts) * world_size  # of this step, on all ranks
+    if is_ddp and not isinstance(counts[0], int):  # the ranks have unequal numbers
+        global_items = torch.full((), sum(counts), dtype=torch.float32, device=device)
+        dist.all_reduce(global_items)
+    for number, (batch, count) in enumerate(zip(batches, counts), 1):
+        # DDP 6: synchronise. backward() averages the gradients over all ranks while it
+        # computes them. In no_sync(), which must enclose the forward pass, too, it
+        # averages nothing: once per step is enough.
+        is_last = number == len(counts)
+        with model.no_sync() if is_ddp and not is_last else nullcontext():
+            with autocast(args, device):
+                loss, correct = compute_loss(model, to_device(batch, device))
+            # loss * count is the sum over this batch; divided by global_items, it is its
+            # share of the mean over all. DDP divides by world_size: multiply by it first.
+            weight = count * world_size / global_items if count else 0.0
+            scale(loss * weight).backward()
+        metrics.add(loss, correct, count)
+
+
+class Metrics:
+    """Adds up what a rank's batches give; at the end, returns means over all ranks."""
+
+    def __init__(self, device):
+        # On the device: reading a value there, as .item() does, waits for the GPU.
+        self.loss_sum, self.correct = torch.zeros(2, dtype=torch.float64, device=device)
+        self.items = 0
+
+    @torch.no_grad()
+    def add(self, mean_loss, correct, count):
+        self.items += count
+        if count:  # the mean loss of no items is NaN
+            self.loss_sum.add_(mean_loss, alpha=count)
+            self.correct += correct
+
+    def means(self, of_all_ranks=True):
+        """Return the mean loss, and the share of items that are correct, 0 to 1."""
+        items = torch.full_like(self.correct, self.items)
+        sums = torch.stack([self.loss_sum, self.correct, items])
+        # DDP 7: measure globally. The mean of rank 0's items is not the mean of all.
+        if of_all_ranks:
+            dist.all_reduce(sums)  # each rank now has the sum over all ranks
+        return (sums[:2] / sums[2]).tolist()
+
+
+def evaluate(ddp_model, loader, args, device):
+    """Return the mean loss and the accuracy, 0 to 1, over the whole validation set."""
+    share_buffers(ddp_model)
+    # Without DDP: its forward pass has collectives, and ranks can have unequal numbers of
+    # batches.
+    model, metrics = ddp_model.module, Metrics(device)
     model.eval()
-    with torch.no_grad(), make_autocast(args.precision, device):
+    with torch.no_grad(), autocast(args, device):
         for batch in loader:
-            loss, count, right = compute_loss(model, to_device(batch, device))
-            sums[0] += loss.double() * count
-            sums[1] += right
-            sums[2] += count
-    dist.all_reduce(sums)
-    loss_sum, right_sum, samples = sums.tolist()
-    return loss_sum / samples, right_sum / samples
+            count = as_number(count_items(batch))
+            loss, correct = compute_loss(model, to_device(batch, device))
+            metrics.add(loss, correct, count)
+    return metrics.means()
+
+
+def share_buffers(ddp_model):
+    """Give all ranks rank 0's buffers (BatchNorm's statistics), which are the saved ones."""
+    ignored = ddp_model.parameters_to_ignore  # DDP was told to leave these alone
+    for name, buffer in ddp_model.module.named_buffers():
+        if ddp_model.broadcast_buffers and name not in ignored:
+            contiguous = buffer.contiguous()  # others cannot be sent
+            dist.broadcast(contiguous, 0)
+            buffer.copy_(contiguous)
 
 
 def choose_device(local_rank):
@@ -252,210 +365,219 @@ def choose_device(local_rank):
     return device
 
 
-def choose_precision(amp, device):
-    """Return a type's name: float16 for --amp where a GPU would emulate bfloat16."""
-    if not amp:
-        return "float32"
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return "float16" if old else "bfloat16"
+def use_definitions(path):
+    """Let what this Python file defines take the place of the definitions above."""
+    names = "MyDataset MyModel make_datasets make_model compute_loss count_items"
+    names = f"{names} collate make_optimizer make_scheduler wrap".split()
+    folder, file = os.path.split(os.path.abspath(path))
+    sys.path.insert(0, folder)  # so that it can import its neighbours
+    module = importlib.import_module(os.path.splitext(file)[0])
+    found = {name: vars(module)[name] for name in names if name in vars(module)}
+    globals().update(found)
+    if not found and os.environ["RANK"] == "0":  # the launcher then ends the others
+        print(f"{path} defines none of {', '.join(names)}", file=sys.stderr)
+        sys.exit(2)
+    if os.environ["RANK"] == "0":
+        print(f"From {path}: {', '.join(found)}")
 
 
-def join(args, device):
-    """Join the process group; torchrun's variables give rank and address."""
-    timeout = timedelta(seconds=args.timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store survives restarts, with addresses of dead ranks: use new keys.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    if rank == 0:  # it chooses for all ranks, as their GPUs may differ
-        store.set("precision", choose_precision(args.amp, device))
-    args.precision = store.get("precision").decode()
-    if os.environ["LOCAL_RANK"] == "0":
-        here = f"{os.environ['LOCAL_WORLD_SIZE']} of {world_size} processes"
-        how = f"{device.type}, backend {args.backend}, {args.precision}"
-        print(f"{platform.node()}: {here} on {how}")
-    group = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
-    dist.init_process_group(args.backend, **group)
+def seed_everything(seed):
+    """Seed all that draws random numbers: PyTorch, Python, and NumPy where it is used."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def make_optimizer(model, learning_rate):
-    """Return Adam: from PyTorch 2.4 on, the fused one, which is faster."""
-    fused = torch.__version__ >= "2.4" or None  # compares versions, not strings
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=fused)
+def check_data(dataset, args, device):
+    """Check that all ranks read the same data: otherwise, training is silently wrong."""
+    rank, length = dist.get_rank(), len(dataset)
+    if differs(length):
+        sys.exit(
+            f"rank {rank} has {length} samples, others not. README: Different data"
+        )
+    if length < args.batch_size * dist.get_world_size():
+        sys.exit(f"{length} samples are too few: no rank would have a whole batch")
+    # Compare eight samples, which all ranks read as in training, with equal random
+    # numbers. Compare their text, without the addresses of objects in it.
+    seed_everything(args.seed)
+    indices = [number * (length - 1) // 7 for number in range(8)]
+    samples = next(iter(make_loader(dataset, [indices], args, device)))
+    text = re.sub("0x[0-9A-Fa-f]+", "", repr(samples))
+    differs(text, "the ranks read different samples. README: Different data")
 
 
-def make_scaler(precision, device):
-    """Return a scaler, so that small gradients survive float16; else it does nothing."""
-    enabled = precision == "float16"
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(device.type, enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled)  # before PyTorch 2.3
+def differs(value, warning=""):
+    """Return whether this value is not the same on all ranks; then, rank 0 may warn."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
+    if warning and len(set(values)) > 1 and dist.get_rank() == 0:
+        print(f"WARNING: {warning}")
+    return len(set(values)) > 1
 
 
-def make_autocast(precision, device):
-    """Return a context in which PyTorch computes in this precision where it is safe."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))
+def check_weights(model):
+    """Return whether all ranks have the same weights; otherwise, rank 0 warns."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    sums = [torch.linalg.vector_norm(p, 1).item() for p in trained]
+    return not differs(sums, "the ranks' weights differ. README: Different weights")
 
 
 def make_loader(dataset, batch_sampler, args, device):
-    """Return a DataLoader of the batches whose indices a BatchSampler gives."""
+    """Return a DataLoader of the batches whose indices `batch_sampler` gives."""
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
+        timeout=args.timeout if args.num_workers else 0,
         persistent_workers=args.num_workers > 0,  # or each epoch starts them again
         pin_memory=device.type == "cuda",  # non_blocking copies need it
     )
 
 
+def load_snapshot(args, model, training):
+    """Load the snapshot, if there is one, on all ranks; return its `epoch` and `samples`."""
+    path, done = args.snapshot_path, (0, 0)
+    if path and dist.get_rank() == 0:  # if it cannot be written, fail now
+        open(path + ".tmp", "wb").close()
+        os.remove(path + ".tmp")
+    if path and os.path.exists(path):
+        try:
+            # weights_only: a snapshot is data and must not run code.
+            snapshot = torch.load(path, map_location="cpu", weights_only=True)
+            settings = fixed_settings(args, training)
+            for name, value in snapshot["settings"].items():
+                if value != settings[name]:
+                    raise ValueError(f"it was made with --{name} {value}")
+            model.load_state_dict(snapshot["model"])
+            for name, part in training._asdict().items():
+                if part and snapshot[name]:  # a scaler's is empty without float16
+                    part.load_state_dict(snapshot[name])
+            done = snapshot["epoch"], snapshot["samples"]
+        except Exception as reason:  # noqa: BLE001, a damaged file can raise anything
+            sys.exit(f"cannot resume from {path}: {reason!r:.900}")
+    if differs(done):
+        sys.exit(f"{path} differs between machines: keep it in a folder that all share")
+    if done != (0, 0) and dist.get_rank() == 0:
+        print(f"{path}: {done[0]} epochs and {done[1]} samples done, resuming")
+    return done
+
+
+def fixed_settings(args, training):
+    """Return the settings that must be the same when a training is resumed."""
+    names = "batch_size grad_accum_steps learning_rate max_grad_norm dataset_length"
+    settings = {
+        name: getattr(args, name) for name in f"{names} input_size seed".split()
+    }
+    # A scheduler is made for so many epochs.
+    return {**settings, "epochs": args.epochs if training.scheduler else None}
+
+
+def save_snapshot(args, model, training, epoch, samples):
+    """Save the state after `epoch` epochs and `samples` more samples, of all ranks."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        sys.exit("the weights are not finite any more: the last snapshot is kept")
+    snapshot = {"epoch": epoch, "samples": samples}
+    snapshot["settings"] = fixed_settings(args, training)
+    snapshot["model"] = model.state_dict()  # without DDP, or keys begin with "module."
+    for name, part in training._asdict().items():
+        snapshot[name] = part.state_dict() if part else None
+    # A crash at any moment leaves a whole file, the old one or the new one.
+    with open(args.snapshot_path + ".tmp", "wb") as file:
+        torch.save(snapshot, file)
+        file.flush()
+        os.fsync(file.fileno())
+    torch.load(file.name, mmap=True, weights_only=True)  # if it cannot, fail now
+    os.replace(file.name, args.snapshot_path)
+
+
+def autocast(args, device):
+    """Return a context in which PyTorch computes in --precision where that is safe."""
+    if args.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, args.precision))
+
+
 def to_device(batch, device):
     """Return a batch, whatever it is made of, with its tensors on `device`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if hasattr(batch, "to"):  # a tokenizer's batch, a PackedSequence, a graph
-        return copy.copy(batch).to(device)  # a copy, as some move themselves
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+    if callable(getattr(type(batch), "to", None)):  # a tensor, a graph, ...
+        try:
+            return batch.to(device, non_blocking=True)
+        except TypeError:  # a tokenizer's batch, before transformers 4.48
+            return batch.to(device)
+    if isinstance(batch, dict) or hasattr(batch, "__dataclass_fields__"):
+        moved = copy.copy(batch)  # of the same type
+        fields = moved if isinstance(batch, dict) else vars(moved)
+        for key, value in list(fields.items()):
+            fields[key] = to_device(value, device)
+        return moved
     if isinstance(batch, (list, tuple)):
         parts = [to_device(part, device) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 
-def format_rate(samples, seconds):
-    """Return samples per second, with at least three digits."""
-    rate = samples / seconds
-    return f"{rate:,.2f}" if rate < 100 else f"{rate:,.0f}"
-
-
-class ResumableSampler(DistributedSampler):
-    """A DistributedSampler that leaves out its rank's first `skip` samples."""
-
-    skip = 0
-
-    def __iter__(self):
-        return iter(list(super().__iter__())[self.skip :])
-
-    def __len__(self):
-        return super().__len__() - self.skip
-
-
-def save_snapshot(args, model, optimizer, scaler, epoch, samples):
-    """Save the state after `epoch` epochs and `samples` more samples, of all ranks."""
-    may_change = "epochs num_workers backend precision timeout snapshot_path save_every"
-    settings = {k: v for k, v in vars(args).items() if k not in may_change.split()}
-    snapshot = {"epoch": epoch, "samples": samples, "settings": settings}
-    snapshot["model"] = model.state_dict()  # without DDP, or keys begin with "module."
-    snapshot["optimizer"] = optimizer.state_dict()
-    snapshot["scaler"] = scaler.state_dict()
-    os.makedirs(os.path.dirname(os.path.abspath(args.snapshot_path)), exist_ok=True)
-    # A crash at any moment leaves a whole file, the old one or the new one.
-    with open(args.snapshot_path + ".tmp", "wb") as file:
-        torch.save(snapshot, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(args.snapshot_path + ".tmp", args.snapshot_path)
-
-
-def load_snapshot(args, model, optimizer, scaler):
-    """Continue from rank 0's snapshot, if any; return its `epoch` and `samples`.
-
-    Ends all ranks, with exit code 1, if it cannot be loaded or does not fit.
-    """
-    path, rank = args.snapshot_path, dist.get_rank()
-    snapshot = {"epoch": 0, "samples": 0, "scaler": {}}
-    snapshot["optimizer"] = optimizer.state_dict()
-    if rank == 0 and path and os.path.exists(path):
-        try:
-            # weights_only: a snapshot is data and must not run code.
-            snapshot = torch.load(path, map_location="cpu", weights_only=True)
-            for name, value in snapshot["settings"].items():
-                if value != vars(args).get(name):
-                    raise ValueError(f"it was made with --{name} {value}")
-            model.load_state_dict(snapshot.pop("model"))  # DDP sends it to the others
-            optimizer.load_state_dict(snapshot["optimizer"])
-            where = "{epoch} epochs and {samples} samples done".format(**snapshot)
-            print(f"{path}: {where}, resuming")
-        except Exception as reason:  # noqa: BLE001, a damaged file can raise anything
-            print(f"cannot resume from {path}: {reason!r:.300}", file=sys.stderr)
-            snapshot = None
-
-    def from_rank_0(value):
-        message = [value]
-        dist.broadcast_object_list(message, 0)
-        return message[0]
-
-    state = snapshot["optimizer"].pop("state") if snapshot else {}
-    snapshot = from_rank_0(snapshot)
-    if snapshot is None:
-        gc.collect()  # as at DDP 9
-        dist.destroy_process_group()
-        sys.exit(1)
-    # The optimizer's state follows, one parameter at a time: NCCL sends through GPU
-    # memory, and resuming must not need more of it than training.
-    state = {key: from_rank_0(state.get(key)) for key in from_rank_0(list(state))}
-    if rank > 0:
-        optimizer.load_state_dict({**snapshot["optimizer"], "state": state})
-    if snapshot["scaler"]:  # empty, if the GPUs that saved it needed none
-        scaler.load_state_dict(snapshot["scaler"])
-    return snapshot["epoch"], snapshot["samples"]
-
-
-def make_parser():
-    """Return a parser with the flags of both scripts, and a function that adds more."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
-    parser.description = __doc__
-
-    def add(flag, kind, minimum, default, help):
-        def number(text):
-            if minimum <= kind(text) < float("inf"):  # false for NaN, too
-                return kind(text)
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum}")
-
-        help = f"{help} (default: {default})"
-        parser.add_argument(flag, type=number, default=default, metavar="N", help=help)
-
-    add("--epochs", int, 1, 5, "passes over the dataset")
-    add("--batch_size", int, 1, 64, "samples per process and batch")
-    add("--grad_accum_steps", int, 1, 1, "batches per process and optimizer step")
-    add("--learning_rate", float, 0, 0.01, "of Adam")
-    add("--dataset_length", int, 1, 20000, "samples in the dataset")
-    add("--input_size", int, 1, 100, "features per sample")
-    add("--num_workers", int, 0, 0, "DataLoader workers per process")
-    add("--seed", int, 0, 0, "of weights, data and shuffling")
-    add("--timeout", float, 1, 600.0, "seconds that a rank waits for others")
-    help = "compute in bfloat16 or, on GPUs without it, in float16"
-    parser.add_argument("--amp", action="store_true", help=help)
-    help = "default: nccl if each process has a GPU to itself, else gloo"
-    parser.add_argument("--backend", choices=["nccl", "gloo"], help=help)
-    return parser, add
-
-
-def choose_backend(backend, local_world_size, refuse):
-    """Return `backend` or, if None, NCCL if there is a GPU for each process here."""
-    # device_count() alone may count GPUs that cannot be used.
-    usable = torch.cuda.is_available() and dist.is_nccl_available()
-    if backend == "nccl" and not usable:
-        refuse("--backend nccl needs a CUDA GPU; use --backend gloo")
-    enough = usable and local_world_size <= torch.cuda.device_count()
-    return backend or ("nccl" if enough else "gloo")
+def parse_flags(parser):
+    """Add the flags of both scripts; return all arguments, or exit with code 2."""
+    numbers = [  # with their smallest values
+        ("--epochs", 5, 1, "passes over the dataset"),
+        ("--batch_size", 64, 1, "samples per process and batch"),
+        ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
+        ("--learning_rate", 0.01, 0, "of Adam"),
+        ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not"),
+        ("--dataset_length", 20000, 1, "samples in the dataset"),
+        ("--input_size", 100, 1, "features per sample"),
+        ("--num_workers", 0, 0, "DataLoader workers per process"),
+        ("--seed", 0, 0, "of weights, data and shuffling"),
+        ("--timeout", 600.0, 1, "seconds that a rank waits for others"),
+    ]
+    add, gpus = parser.add_argument, torch.cuda.is_available()
+    for flag, default, _, help in numbers:
+        help += f" (default: {default})"
+        add(flag, type=type(default), default=default, metavar="N", help=help)
+    kinds = ["float32", "bfloat16", "float16"]
+    help = "bfloat16: A100, RTX 30 and newer, CPUs; float16: older GPUs, as T4, V100"
+    add("--precision", choices=kinds, default=kinds[0], help=help)
+    backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
+    help = f"nccl needs a GPU per process; gloo lets them share (default: {backend})"
+    add("--backend", choices=["nccl", "gloo"], default=backend, help=help)
+    add("--definitions", metavar="FILE", help="Python file with your MyDataset, ...")
+    args = parser.parse_args()
+    for flag, _, minimum, _ in numbers:
+        if not minimum <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
+            parser.error(f"{flag} must be a number from {minimum}")
+    if args.backend == "nccl" and not gpus:
+        parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
+    file = args.definitions
+    if file and (
+        not os.path.isfile(file) or os.path.basename(file)[:-3] in sys.modules
+    ):
+        parser.error(f"--definitions {file}: no such file, or a module has its name")
+    return args
 
 
 def parse_args():
-    parser, add = make_parser()
-    add("--save_every", int, 0, 0, "also save after N, 2N, ... steps of an epoch")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     help = "save to FILE after every epoch, and resume from it if it exists"
     parser.add_argument("--snapshot_path", metavar="FILE", help=help)
-    args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
+    help = "also save after N, 2N, ... steps of an epoch"
+    parser.add_argument("--save_every", type=int, default=0, metavar="N", help=help)
+    args, env = parse_flags(parser), os.environ
+    if "LOCAL_RANK" not in env:
         parser.error("start it with torchrun, as --help shows")
-    if args.save_every and not args.snapshot_path:
-        parser.error("--save_every needs --snapshot_path")
-    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    args.backend = choose_backend(args.backend, local_world_size, parser.error)
+    if args.save_every < 0 or (args.save_every and not args.snapshot_path):
+        parser.error("--save_every needs --snapshot_path, and a number from 1")
+    too_few = int(env["LOCAL_RANK"]) >= torch.cuda.device_count()
+    if args.backend == "nccl" and too_few and "NCCL_MULTI_RANK_GPU_ENABLE" not in env:
+        parser.error("fewer GPUs than processes: --backend gloo lets them share")
+    # After a restart, ranks would find addresses of dead ones in the store, if it is
+    # torchrun's own. torchrun sets these variables.
+    restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"
+        parser.error(f"torchrun --max_restarts needs {needs}. README: Long runs")
     return args
 
 

@@ -134,10 +134,14 @@ class Run:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a copy of each script and of models.py, and nothing else."""
-    for path in (ROOT / "ddp.py", ROOT / "torchrun_ddp.py", ROOT / "tests/models.py"):
-        shutil.copy(str(path), str(tmp_path))
-    return tmp_path
+    """A folder with a copy of each script and of models.py, and little else."""
+    return copy_scripts(tmp_path)
+
+
+def copy_scripts(folder):
+    for path in ("ddp.py", "torchrun_ddp.py", "tests/models.py", "tests/cases.py"):
+        shutil.copy(str(ROOT / path), str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -167,37 +171,40 @@ def finish(start):
     return finish
 
 
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """Return what the cases of a test module gave: {processes: {name: result}}.
+
+    CASES, of the same form, are cases of cases.py. One start runs all of a world size.
+    """
+    results = {}
+    for world_size, cases in request.module.CASES.items():
+        folder = copy_scripts(tmp_path_factory.mktemp("cases"))
+        command = [sys.executable, "cases.py", str(world_size)]
+        run = Run([*command, json.dumps(list(cases.values()))], folder, None)
+        try:
+            assert run.wait(300) == 0, run.stdout[-2000:] + run.stderr
+        finally:
+            run.kill_all()
+        lines = map(json.loads, run.stdout.splitlines())
+        results[world_size] = dict(zip(cases, lines))
+        assert len(results[world_size]) == len(cases)
+    return results
+
+
 @pytest.fixture
-def run_cases(finish, folder):
-    """Run cases of cases.py in one start of some processes; return their results."""
-    shutil.copy(str(ROOT / "tests" / "cases.py"), str(folder))
+def define(folder):
+    """Write a file of definitions; return the flag that names it.
 
-    def run_cases(world_size, cases):
-        command = [sys.executable, "cases.py", str(world_size), json.dumps(cases)]
-        run = finish(command)
-        results = [json.loads(line) for line in run.stdout.splitlines()]
-        assert len(results) == len(cases)
-        return list(zip(cases, results))
-
-    return run_cases
-
-
-@pytest.fixture
-def variant(folder):
-    """Write a script that runs one of ours with parts replaced; return its command.
-
-    `code` runs at the top of the script, in every process, with the module as `script`
-    and with all of models.py: "script.MyModel = CNN".
+    `job`: {"MyModel": "CNN"} takes it from models.py. `code` comes after that.
     """
 
-    def variant(name, code):
-        module = {"ddp": "ddp", "torchrun": "torchrun_ddp"}[name]
-        main = "if __name__ == '__main__':\n    script.main()\n"
-        text = f"import {module} as script\nfrom models import *\n{code}\n{main}"
-        (folder / "variant.py").write_text(text)
-        return [*SCRIPTS[name][:-1], "variant.py"]
+    def define(job, code="", name="mine.py"):
+        lines = [f"from models import {old} as {new}" for new, old in job.items()]
+        (folder / name).write_text("\n".join([*lines, code, ""]))
+        return f"--definitions {name}"
 
-    return variant
+    return define
 
 
 def load(path):

@@ -1,8 +1,9 @@
 """What people bring: jobs, and mistakes, that the tests put into the scripts.
 
-A job is a dict of what it replaces: {"MyDataset": "Texts", "MyModel": "Tagger", …}.
+A job is a dict of which definition is taken from here: {"MyDataset": "Texts", …}.
 """
 
+import dataclasses
 import os
 import random
 import time
@@ -22,7 +23,7 @@ class Images(Dataset):
     """An ordinary dataset of single samples. The brighter half is the label."""
 
     def __init__(self, length, size, seed=0, train=True):
-        self.length, self.seed = length, 2 * seed + train
+        self.length, self.seed = length, 2 * seed + (1 if train else 0)
 
     def __len__(self):
         return self.length
@@ -195,7 +196,7 @@ class Texts(Dataset):
     length = None  # pad to this
 
     def __init__(self, length, size, seed=0, train=True):
-        choose = random.Random(2 * seed + train)
+        choose = random.Random(2 * seed + (1 if train else 0))
         numbers = [choose.randint(3, 20) for _ in range(length)]
         self.texts = [[choose.randint(1, 49) for _ in range(n)] for n in numbers]
 
@@ -257,7 +258,7 @@ def text_loss(model, batch):
     # In place of its mean over the tokens, which would count the padding:
     outputs = (outputs * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     loss = functional.cross_entropy(outputs, labels)
-    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+    return loss, (outputs.argmax(dim=1) == labels).sum()
 
 
 def token_loss(model, batch):
@@ -266,14 +267,22 @@ def token_loss(model, batch):
     outputs = model(tokens=tokens[:, :-1], mask=(tokens[:, :-1] != 0).float())
     targets = tokens[:, 1:].flatten()
     loss = functional.cross_entropy(outputs.flatten(0, 1), targets, ignore_index=0)
-    right = (outputs.flatten(0, 1).argmax(dim=1) == targets).sum()
-    return loss, len(tokens), right / targets.numel()
+    correct = (outputs.flatten(0, 1).argmax(dim=1) == targets) & (targets != 0)
+    return loss, correct.sum()
 
 
-def tokens_counted(model, batch):
-    """A mistake: it counts tokens in place of samples."""
-    loss, _, right = text_loss(model, dict(batch))
-    return loss, batch["tokens"].numel(), right
+def label_count(batch):
+    return len(batch["label"])
+
+
+def token_count(batch):
+    """Of the tokens that are predicted; there can be none."""
+    return (batch["tokens"][:, 1:] != 0).sum()
+
+
+def token_int(batch):
+    """A mistake: an int, although batches have unequal numbers."""
+    return int(token_count(batch))
 
 
 class Nested(Dataset):
@@ -295,14 +304,14 @@ def nested_loss(model, batch):
     assert names[0] == "name"
     outputs = model(torch.cat([image["top"], *image["rest"]], dim=2))
     loss = functional.cross_entropy(outputs, labels)
-    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+    return loss, (outputs.argmax(dim=1) == labels).sum()
 
 
 class Answers(Dataset):
     """For a regression: the answer is the sum of the first three numbers."""
 
     def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + train)
+        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
         self.inputs = torch.randn(length, 5, generator=generator)
 
     def __len__(self):
@@ -321,7 +330,7 @@ def squared_error(model, batch):
     inputs, answers = batch
     outputs = model(inputs)
     loss = functional.mse_loss(outputs, answers)
-    return loss, len(inputs), (outputs - answers).abs().sum()  # it has a gradient
+    return loss, (outputs - answers).abs().sum()  # it has a gradient
 
 
 class Views(Images):
@@ -342,8 +351,8 @@ def contrastive_loss(model, batch):
     one, other = (functional.normalize(model(view).float()) for view in batch)
     targets = torch.arange(len(one), device=one.device)
     similar = 5 * one @ other.T
-    right = (similar.argmax(dim=1) == targets).sum()
-    return functional.cross_entropy(similar, targets), len(one), right
+    correct = (similar.argmax(dim=1) == targets).sum()
+    return functional.cross_entropy(similar, targets), correct
 
 
 def siamese_loss(model, batch):
@@ -351,7 +360,7 @@ def siamese_loss(model, batch):
     outputs, others = model(images), model(images.flip(-1))
     loss = functional.cross_entropy(outputs, labels)
     loss = loss + functional.cross_entropy(others, labels)
-    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+    return loss, (outputs.argmax(dim=1) == labels).sum()
 
 
 def infinite_on_rank_1(model, batch):
@@ -363,18 +372,20 @@ def infinite_on_rank_1(model, batch):
     module.calls = getattr(module, "calls", 0) + model.training
     if module.calls == 3 and model.training and dist.get_rank() == 1:
         loss = loss * float("inf")
-    return loss, len(labels), (outputs.argmax(dim=1) == labels).sum()
+    return loss, (outputs.argmax(dim=1) == labels).sum()
 
 
 CNN_JOB = {"MyDataset": "Images", "MyModel": "CNN"}
 TEXT_JOB = {"MyDataset": "Texts", "MyModel": "TextModel", "collate": "pad"}
+TEXT_JOB.update(compute_loss="text_loss", count_items="label_count")
 JOBS = {
     "padded dicts": {
         "MyDataset": "PaddedTexts",
         "MyModel": "TextModel",
         "compute_loss": "text_loss",
+        "count_items": "label_count",
     },
-    "texts": dict(TEXT_JOB, compute_loss="text_loss"),
+    "texts": TEXT_JOB,
     "nested": dict(CNN_JOB, MyDataset="Nested", compute_loss="nested_loss"),
     "augmented": {"MyDataset": "TorchAugmented", "MyModel": "BatchNormCNN"},
     "otherwise augmented": {"MyDataset": "OtherwiseAugmented", "MyModel": "DropoutCNN"},
@@ -383,7 +394,7 @@ JOBS = {
         "MyModel": "Regression",
         "compute_loss": "squared_error",
     },
-    "tied weights": dict(TEXT_JOB, compute_loss="token_loss"),
+    "tokens": dict(TEXT_JOB, compute_loss="token_loss", count_items="token_count"),
     "contrastive": {
         "MyDataset": "Views",
         "MyModel": "Encoder",
@@ -453,7 +464,7 @@ class Samples(Dataset):
     """Random inputs and labels, one by one; a base for the datasets below."""
 
     def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + train)
+        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
         self.train = train
@@ -559,3 +570,303 @@ def no_check(*_):
 def float16(*_):
     """In place of choose_precision."""
     return "float16"
+
+
+# What the scripts must survive, or warn of.
+
+
+class Sparse(nn.Module):
+    """An embedding with sparse gradients, and a complex parameter."""
+
+    def __init__(self, input_size):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16, sparse=True)
+        self.rotate = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+        self.output = nn.Linear(16, 2)
+
+    def forward(self, tokens, mask):
+        states = torch.view_as_complex(self.embed(tokens).unflatten(-1, (8, 2)))
+        states = torch.view_as_real(states * self.rotate).flatten(-2)
+        return self.output(states)
+
+
+def sgd(model, args):
+    return torch.optim.SGD(model.parameters(), args.learning_rate)
+
+
+class ConvBiasNorm(CNN):
+    """The bias before each BatchNorm has a gradient of 0, but for rounding."""
+
+    def __init__(self, input_size):
+        super().__init__(
+            input_size, nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        )
+
+
+class TinyLayer(CNN):
+    """A layer of one number, whose gradient is a hundred thousand times smaller."""
+
+    def __init__(self, input_size):
+        super().__init__(input_size)
+        self.tiny = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        outputs = 1e-5 * self.tiny * images.mean(dim=(1, 2, 3)).view(-1, 1)
+        return super().forward(images) + outputs * torch.tensor([1.0, 0.0])
+
+
+def wrap_without_tiny(model):
+    """A mistake: one parameter is not synchronised."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [".tiny"]
+    )
+    return DistributedDataParallel(model)
+
+
+class Experts(nn.Module):
+    """Each batch goes to one of two experts: the other one gets no gradient."""
+
+    def __init__(self, input_size):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(64, 2), nn.Linear(64, 2)])
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return self.experts[int(flat.sum() > flat.numel() / 2)](flat)
+
+
+def wrap_unused(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+class Observed(nn.Module):
+    """With quantisation observers: their buffers change their shape when first used."""
+
+    def __init__(self, input_size):
+        super().__init__()
+        self.linear = nn.Linear(64, 2)
+        for name in ("lowest", "highest"):
+            self.register_buffer(name, torch.tensor([]))
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        low, high = flat.detach().aminmax(dim=0)
+        if self.lowest.numel() == 0:
+            for buffer, values in ((self.lowest, low), (self.highest, high)):
+                buffer.resize_(values.shape)
+                buffer.copy_(values)
+        self.lowest.copy_(torch.minimum(low, self.lowest))
+        self.highest.copy_(torch.maximum(high, self.highest))
+        return self.linear(flat.clamp(self.lowest, self.highest))
+
+
+class OddBuffers(CNN):
+    """A sparse buffer and one of another size on each rank, which DDP is told to ignore."""
+
+    def __init__(self, input_size):
+        super().__init__(input_size)
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("own", torch.ones(dist.get_rank() + 1))
+        self.register_buffer("turned", torch.ones(2, 3).t())
+        names = ["sparse", "own"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+
+class Fields(dict):
+    """A dictionary of another type, with an attribute of its own."""
+
+    language = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+def collate_pair(samples):
+    fields = Fields(pair=Pair(*default_collate(samples)))
+    fields.language = "en"
+    return fields
+
+
+def pair_loss(model, batch):
+    assert type(batch) is Fields and batch.language == "en", batch
+    pair = batch.pop("pair")
+    outputs = model(pair.image)
+    loss = functional.cross_entropy(outputs, pair.label)
+    return loss, (outputs.argmax(dim=1) == pair.label).sum()
+
+
+def pair_count(batch):
+    return len(batch["pair"].label)
+
+
+class OpenedLate(Images):
+    """Opens its file at the first read: the process that then forks must not read."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.opened_by, self.double = None, lambda image: 2 * image
+
+    def __getitem__(self, index):
+        self.opened_by = self.opened_by or os.getpid()
+        assert self.opened_by == os.getpid(), "opened by another process"
+        assert torch.utils.data.get_worker_info(), "read outside a worker"
+        image, label = super().__getitem__(index)
+        return self.double(image), label
+
+
+class AugmentedBatches(Samples):
+    """Whole batches are augmented."""
+
+    def __getitems__(self, indices):
+        inputs = self.inputs[torch.tensor(indices)]
+        return inputs + 0.1 * torch.randn_like(inputs), self.labels[
+            torch.tensor(indices)
+        ]
+
+
+class ClassesFromSet(Images):
+    """A mistake: class numbers in the order of a set, which differs between processes."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        names = list({"cat", "dog", "bird", "fish", "cow", "horse", "ant", "bee"})
+        self.numbers = [names.index(name) % 2 for name in sorted(names)]
+
+    def __getitem__(self, index):
+        image, _ = super().__getitem__(index)
+        return image, self.numbers[index % len(self.numbers)]
+
+
+class Unseeded(Samples):
+    """A mistake: each process draws other data."""
+
+    def __init__(self, length, size, seed=0, train=True):
+        super().__init__(length, size, random.SystemRandom().randrange(2**40), train)
+
+
+class Unequal(Samples):
+    """A mistake: each rank has a dataset of another length."""
+
+    def __init__(self, length, size, seed=0, train=True):
+        super().__init__(length + 100 * dist.get_rank() * train, size, seed, train)
+
+
+class PastTheWrapper(CNN):
+    def encode(self, images):
+        return super().forward(images)
+
+
+def past_the_wrapper(model, batch):
+    """A mistake: it calls a method of the model, so DDP never sees a forward pass."""
+    images, labels = batch
+    outputs = getattr(model, "module", model).encode(images)
+    loss = functional.cross_entropy(outputs, labels)
+    return loss, (outputs.argmax(dim=1) == labels).sum()
+
+
+def second_optimizer(model, batch):
+    """A mistake: a part of the model has an optimizer that DDP knows nothing of."""
+    images, labels = batch
+    outputs = model(images)
+    plain = getattr(model, "module", model)
+    if model.training:
+        with torch.no_grad():
+            head = list(plain.modules())[-1].bias
+            head -= 0.001 * torch.autograd.functional.jacobian(
+                lambda bias: (outputs.detach() + bias).logsumexp(1).mean(), head
+            )
+    loss = functional.cross_entropy(outputs, labels)
+    return loss, (outputs.argmax(dim=1) == labels).sum()
+
+
+def weighted_loss(model, batch):
+    """With class weights: a batch has a fractional number of items."""
+    inputs, labels = batch
+    weights = torch.tensor([0.3, 1.7], device=inputs.device)
+    outputs = model(inputs)
+    loss = functional.cross_entropy(outputs, labels, weights)
+    return loss, (outputs.argmax(dim=1) == labels).sum()
+
+
+def weight_count(batch):
+    return torch.tensor([0.3, 1.7])[batch[1]].sum()
+
+
+def one_cycle(optimizer, steps, args):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+
+
+def groups(model, args):
+    """Two groups, told apart by the names of the plain model."""
+    decay = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("weight")]
+    assert decay and not any(
+        n.startswith("module.") for n, _ in model.named_parameters()
+    )
+    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest}])
+
+
+def numpy_rate(model, args):
+    """A mistake: a rate that can be saved, and not loaded with weights_only."""
+    return torch.optim.Adam(model.parameters(), lr=numpy.float64(0.01))
+
+
+class PartlyLabelled(Dataset):
+    """Pairs of 12 tokens and targets. A third of the texts has no target at all."""
+
+    def __init__(self, length, size, seed=0, train=True):
+        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
+        self.tokens = torch.randint(50, (length, 12), generator=generator)
+        hidden = torch.rand(length, 12, generator=generator) < 0.5
+        hidden[::3] = True
+        self.targets = self.tokens.roll(1, dims=1).masked_fill(hidden, -100)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return self.tokens[index], self.targets[index]
+
+
+class Tagger(nn.Sequential):
+    def __init__(self, input_size):
+        super().__init__(nn.Embedding(50, 8), nn.Linear(8, 50))
+
+
+class NaNTagger(Tagger):
+    def forward(self, tokens):
+        return super().forward(tokens) * float("nan")
+
+
+def target_loss(model, batch):
+    tokens, targets = batch
+    outputs = model(tokens).flatten(0, 1)
+    loss = functional.cross_entropy(outputs, targets.flatten())  # NaN without targets
+    return loss, (outputs.argmax(dim=1) == targets.flatten()).sum()
+
+
+def target_count(batch):
+    return (batch[1] != -100).sum()
+
+
+def reads_a_value(model, batch):
+    """A mistake: it waits for the GPU."""
+    inputs, labels = batch
+    loss = functional.cross_entropy(model(inputs), labels)
+    return loss, loss.item()
+
+
+def makes_a_tensor(model, batch):
+    """A mistake: it waits for the GPU, too."""
+    inputs, labels = batch
+    loss = functional.cross_entropy(model(inputs), labels)
+    return loss * loss.new_tensor(len(labels)), 0
+
+
+PARTLY = {"MyDataset": "PartlyLabelled", "MyModel": "Tagger"}
+PARTLY.update(compute_loss="target_loss", count_items="target_count")
+PAIR_JOB = {"collate": "collate_pair", "compute_loss": "pair_loss"}
+PAIR_JOB["count_items"] = "pair_count"
