@@ -219,7 +219,7 @@ def compare(args, device, store):
     check_data(dataset, args, device)
     ddp_model = wrap(model)
     if any(isinstance(module, nn.SyncBatchNorm) for module in ddp_model.modules()):
-        sys.exit("SyncBatchNorm needs all ranks: compare with BatchNorm")
+        stop("SyncBatchNorm needs all ranks: compare with BatchNorm")
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
     # equally many batches, all full: a few samples are left out, others in each epoch.
     options = {"num_replicas": world_size, "seed": args.seed, "drop_last": True}
@@ -730,11 +730,10 @@ def check_data(dataset, args, device):
     """Check that all ranks read the same data: otherwise, training is silently wrong."""
     rank, length = dist.get_rank(), len(dataset)
     if differs(length):
-        sys.exit(
-            f"rank {rank} has {length} samples, others not. README: Different data"
-        )
+        text = f"{length} samples, other ranks have not. README: Different data"
+        stop(f"rank {rank} has {text}")
     if length < args.batch_size * dist.get_world_size():
-        sys.exit(f"{length} samples are too few: no rank would have a whole batch")
+        stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
     # numbers. Compare their text, without the addresses of objects in it.
     seed_everything(args.seed)
@@ -751,6 +750,13 @@ def differs(value, warning=""):
     if warning and len(set(values)) > 1 and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
     return len(set(values)) > 1
+
+
+def stop(reason):
+    """Say why, leave the group in good order, and end. (All ranks have to call this.)"""
+    print(reason, file=sys.stderr, flush=True)
+    dist.destroy_process_group()
+    sys.exit(1)
 
 
 def check_weights(model):

@@ -393,11 +393,10 @@ def check_data(dataset, args, device):
     """Check that all ranks read the same data: otherwise, training is silently wrong."""
     rank, length = dist.get_rank(), len(dataset)
     if differs(length):
-        sys.exit(
-            f"rank {rank} has {length} samples, others not. README: Different data"
-        )
+        text = f"{length} samples, other ranks have not. README: Different data"
+        stop(f"rank {rank} has {text}")
     if length < args.batch_size * dist.get_world_size():
-        sys.exit(f"{length} samples are too few: no rank would have a whole batch")
+        stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
     # numbers. Compare their text, without the addresses of objects in it.
     seed_everything(args.seed)
@@ -414,6 +413,13 @@ def differs(value, warning=""):
     if warning and len(set(values)) > 1 and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
     return len(set(values)) > 1
+
+
+def stop(reason):
+    """Say why, leave the group in good order, and end. (All ranks have to call this.)"""
+    print(reason, file=sys.stderr, flush=True)
+    dist.destroy_process_group()
+    sys.exit(1)
 
 
 def check_weights(model):
@@ -437,8 +443,8 @@ def make_loader(dataset, batch_sampler, args, device):
 
 
 def load_snapshot(args, model, training):
-    """Load the snapshot, if there is one, on all ranks; return its `epoch` and `samples`."""
-    path, done = args.snapshot_path, (0, 0)
+    """Load the snapshot, if there is one, on all ranks. Return its `epoch` and `samples`."""
+    path, done, problem = args.snapshot_path, (0, 0), ""
     if path and dist.get_rank() == 0:  # if it cannot be written, fail now
         open(path + ".tmp", "wb").close()
         os.remove(path + ".tmp")
@@ -455,10 +461,11 @@ def load_snapshot(args, model, training):
                 if part and snapshot[name]:  # a scaler's is empty without float16
                     part.load_state_dict(snapshot[name])
             done = snapshot["epoch"], snapshot["samples"]
-        except Exception as reason:  # noqa: BLE001, a damaged file can raise anything
-            sys.exit(f"cannot resume from {path}: {reason!r:.900}")
-    if differs(done):
-        sys.exit(f"{path} differs between machines: keep it in a folder that all share")
+        except Exception as error:  # noqa: BLE001, a damaged file can raise anything
+            problem = f"cannot resume from {path}: {error!r:.900}"
+    if differs((done, problem)) or problem:
+        other = f"{path} is not the same on all machines: they need a shared folder"
+        stop(problem or other)
     if done != (0, 0) and dist.get_rank() == 0:
         print(f"{path}: {done[0]} epochs and {done[1]} samples done, resuming")
     return done

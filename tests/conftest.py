@@ -33,7 +33,6 @@ def pytest_addoption(parser):
 
     add("--random-kills", 1, "kill training at N random moments (default: 1)")
     add("--clean-exits", 1, "run each script N times in a row (default: 1)")
-    add("--examples", 20, "random examples of the comparison (default: 20)")
     parser.addoption("--all", action="store_true", help="also run the slow tests")
 
 
@@ -221,7 +220,7 @@ def same(one, other):
 
 
 def assert_same_end(path, reference):
-    for key in ("model", "optimizer", "scaler", "epoch", "samples"):
+    for key in ["model", "optimizer", "scaler", "scheduler", "epoch", "samples"]:
         assert same(load(path)[key], reference[key]), f"{key} differs"
 
 

@@ -363,6 +363,16 @@ def siamese_loss(model, batch):
     return loss, (outputs.argmax(dim=1) == labels).sum()
 
 
+def overflows_now_and_then(model, batch):
+    """The loss is infinite for some batches, always the same ones."""
+    inputs, labels = batch
+    outputs = model(inputs)
+    loss = functional.cross_entropy(outputs, labels)
+    overflows = (inputs[0, 0] > 2.4) & model.training
+    loss = loss * torch.where(overflows, float("inf"), 1.0)
+    return loss, (outputs.argmax(dim=1) == labels).sum()
+
+
 def infinite_on_rank_1(model, batch):
     """The usual loss; once, in training, it is infinite on one rank alone."""
     images, labels = batch
@@ -401,6 +411,11 @@ JOBS = {
         "compute_loss": "contrastive_loss",
     },
 }
+
+
+class Plain(nn.Linear):
+    def __init__(self, input_size):
+        super().__init__(input_size, 2)
 
 
 class NaNModel(nn.Linear):
@@ -562,16 +577,6 @@ class CyclicDDP(DistributedDataParallel):
         vars(self)["cycle"] = self
 
 
-def no_check(*_):
-    """In place of ddp.py's check."""
-    return {"gradient_bytes": 0}
-
-
-def float16(*_):
-    """In place of choose_precision."""
-    return "float16"
-
-
 # What the scripts must survive, or warn of.
 
 
@@ -611,7 +616,7 @@ class TinyLayer(CNN):
         self.tiny = nn.Parameter(torch.ones(1))
 
     def forward(self, images):
-        outputs = 1e-5 * self.tiny * images.mean(dim=(1, 2, 3)).view(-1, 1)
+        outputs = 1e-4 * self.tiny * images.mean(dim=(1, 2, 3)).view(-1, 1)
         return super().forward(images) + outputs * torch.tensor([1.0, 0.0])
 
 
@@ -621,6 +626,17 @@ def wrap_without_tiny(model):
         model, [".tiny"]
     )
     return DistributedDataParallel(model)
+
+
+class NaNAfter(DistributedDataParallel):
+    """A mistake: the loss is not finite, with DDP alone."""
+
+    def forward(self, *inputs):
+        return super().forward(*inputs) * float("nan")
+
+
+def wrap_nan(model):
+    return NaNAfter(model)
 
 
 class Experts(nn.Module):

@@ -2,11 +2,10 @@
 
 import json
 import random
-import sys
 
 import pytest
-import torch
-from models import CNN_JOB, JOBS, TEXT_JOB
+from conftest import SCRIPTS, side_by_side
+from models import CNN_JOB, JOBS, PAIR_JOB, PARTLY, TEXT_JOB
 
 AUGMENTED = {"MyDataset": "TorchAugmented"}
 # Jobs that are right, and whether a batch's samples affect each other (None: unknown).
@@ -14,14 +13,29 @@ RIGHT = {
     "the toy": ({}, False),
     "noise": (dict(AUGMENTED, MyModel="NoisyCNN"), None),
     "spectral norm": (dict(AUGMENTED, MyModel="SpectralCNN"), True),
+    "bias before BatchNorm": (dict(AUGMENTED, MyModel="ConvBiasNorm"), True),
     "teacher": (dict(AUGMENTED, MyModel="TeacherCNN"), False),
     "deep": (dict(AUGMENTED, MyModel="DeepMLP"), False),
     "transformer": (dict(AUGMENTED, MyModel="Transformer"), False),
     "LSTM": (dict(AUGMENTED, MyModel="DropoutLSTM"), False),
     "hook": (dict(AUGMENTED, MyModel="HookedCNN"), False),
     "no evaluation": (dict(AUGMENTED, MyModel="TrainingOnlyCNN"), None),
+    "tiny layer": (dict(AUGMENTED, MyModel="TinyLayer"), False),
+    "observers": (dict(AUGMENTED, MyModel="Observed"), False),
+    "odd buffers": (dict(AUGMENTED, MyModel="OddBuffers"), False),
+    "pairs": ({**CNN_JOB, **PAIR_JOB}, False),
+    "augmented batches": ({"MyDataset": "AugmentedBatches"}, None),
+    "no targets": (PARTLY, False),
+    "class weights": (
+        {"compute_loss": "weighted_loss", "count_items": "weight_count"},
+        False,
+    ),
+    "sparse and complex": (
+        dict(TEXT_JOB, MyModel="Sparse", make_optimizer="sgd"),
+        False,
+    ),
     "masking": (
-        dict(TEXT_JOB, collate="mask_and_pad", compute_loss="token_loss"),
+        dict(JOBS["tokens"], collate="mask_and_pad"),
         None,
     ),
     "mixup": (dict(CNN_JOB, collate="mixup"), None),
@@ -30,169 +44,193 @@ RIGHT = {
         True,
     ),
 }
-if torch.__version__ < "2.13":  # older DDP with BatchNorm cannot be called twice
-    del RIGHT["siamese"]
-MIXED = {"augmented": True, "tied weights": True, "contrastive": True}
+MIXED = {"augmented": True, "contrastive": True}
 RIGHT.update({name: (job, MIXED.get(name, False)) for name, job in JOBS.items()})
-DIFFICULT = {"MyModel": "SpectralCNN"}  # BatchNorm, dropout
-MISTAKES = (
-    {"MyDataset": "UnseededImages"},
-    {"DistributedSampler": "OverlappingSampler"},
-    {"DistributedDataParallel": "NoDDP"},
-    {"DistributedDataParallel": "UnsynchronisedDDP"},
-    {"DistributedDataParallel": "TwiceDividedDDP"},
+NO_HALF = {"LSTM", "sparse and complex"}  # PyTorch has no float16 of these on a CPU
+EXPERTS = {**AUGMENTED, "MyModel": "Experts", "wrap": "wrap_unused"}
+
+DIFFICULT = {**AUGMENTED, "MyModel": "SpectralCNN"}  # BatchNorm, dropout
+WRONG = {
+    "other data": {**DIFFICULT, "MyDataset": "UnseededImages"},
+    "not wrapped": {**DIFFICULT, "DistributedDataParallel": "NoDDP"},
+    "no_sync left on": {**DIFFICULT, "DistributedDataParallel": "UnsynchronisedDDP"},
+    "divided twice": {**DIFFICULT, "DistributedDataParallel": "TwiceDividedDDP"},
+    "one small parameter": {
+        **AUGMENTED,
+        "MyModel": "TinyLayer",
+        "wrap": "wrap_without_tiny",
+    },
+    "past the wrapper": {
+        **AUGMENTED,
+        "MyModel": "PastTheWrapper",
+        "compute_loss": "past_the_wrapper",
+    },
+    "tokens as an int": dict(JOBS["tokens"], count_items="token_int"),
+    "NaN with DDP alone": {**CNN_JOB, "wrap": "wrap_nan"},
+}
+UNKNOWN = {
+    "own generator": {**CNN_JOB, "MyDataset": "OwnGenerator"},
+    "counted calls": {**CNN_JOB, "MyModel": "CountingCNN"},
+    "NaN": {"MyModel": "NaNModel"},
+}
+FLAGS = {
+    1: ["--batch_size 5"],
+    2: ["", "--precision float16 --dataset_length 61 --batch_size 5"],
+    3: ["--precision bfloat16 --dataset_length 61 --batch_size 5 --grad_accum_steps 3"],
+    4: ["--dataset_length 61 --batch_size 5 --grad_accum_steps 2"],
+}
+EXAMPLES = 10  # random sizes, for each number of processes
+TIMED = {"toy": {}, "slow data": {"MyDataset": "SlowSamples"}}
+TIMED.update(
+    {"slow model": {"MyModel": "SlowModel"}, "large": {"MyModel": "LargeModel"}}
 )
 
 
-def assert_right(case, result, limit):
-    assert result["same_gradients"] is True, (case, result)
-    assert result["gradient_difference"] < limit, (case, result)
-    assert result["says"].startswith("DDP is right: its gradients are"), result
-    assert result["unchanged"], case
+def cases_of(world_size):
+    cases = {}
+    for flags in FLAGS[world_size]:
+        for name, (job, _) in RIGHT.items():
+            if "float16" not in flags or name not in NO_HALF or "bfloat16" in flags:
+                cases[f"{name} {flags}"] = {"run": "check", "flags": flags, **job}
+    choose = random.Random(world_size).randint
+    template = "--dataset_length {} --batch_size {} --grad_accum_steps {} --seed {}"
+    for number in range(EXAMPLES):
+        batch_size = choose(1, 12)
+        length = choose(world_size * batch_size, world_size * batch_size + 60)
+        flags = template.format(length, batch_size, choose(1, 6), choose(0, 99))
+        job = {} if number % 2 else dict(AUGMENTED, MyModel="DropoutCNN")
+        cases[f"random {number}"] = {"run": "check", "flags": flags, **job}
+    return cases
+
+
+CASES = {world_size: cases_of(world_size) for world_size in FLAGS}
+for name, job in {**WRONG, **UNKNOWN}.items():
+    CASES[2][name] = {"run": "check", **job}
+    flags = "--grad_accum_steps 3 --dataset_length 75"
+    CASES[3][name] = {"run": "check", "flags": flags, **job}
+CASES[2]["drift"] = {"run": "check", **CNN_JOB, "compute_loss": "second_optimizer"}
+CASES[2]["experts"] = {"run": "compare", "flags": "--epochs 3", **EXPERTS}
+CASES[2]["schedule"] = {"run": "compare", "make_scheduler": "one_cycle"}
+for name, job in TIMED.items():
+    flags = "--dataset_length 300 --batch_size 30 --epochs 2"
+    CASES[2][f"timed: {name}"] = {"run": "compare", "flags": flags, **job}
+
+
+@pytest.mark.parametrize("world_size", FLAGS)
+def test_right_is_right(results, world_size):
+    """Whatever the job, in all precisions; its samples are mixed, or not."""
+    for flags in FLAGS[world_size]:
+        for name, (_, mixes) in RIGHT.items():
+            result = results[world_size].get(f"{name} {flags}")
+            assert result or name in NO_HALF, name
+            if result:
+                assert_right(name, result)
+                assert result["mixes_samples"] is mixes, (name, result)
+                says = "affect each other" in result["says"]
+                assert says == bool(mixes), (name, result)
+
+
+def assert_right(name, result):
+    assert result["same_gradients"] is True and result["same_weights"], (name, result)
+    assert result["gradient_difference"] < 1e-5, (name, result)
+    assert "DDP is right: its gradients are" in result["says"], (name, result)
+    assert "WARNING" not in result["says"], (name, result)
+    assert result["result"] is True, (name, result)
+
+
+@pytest.mark.parametrize("world_size", FLAGS)
+def test_random_sizes_are_right(results, world_size):
+    for number in range(EXAMPLES):
+        assert_right(number, results[world_size][f"random {number}"])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_right_is_right(run_cases, world_size):
-    """Whatever the job, in float32 and bfloat16, with a shorter last step and batch."""
-    flags = ("", "--amp --dataset_length 61 --batch_size 5 --grad_accum_steps 3")
-    names = [name for name in RIGHT for _ in flags]
-    cases = [
-        {"run": "check", "flags": flag, **job}
-        for job, _ in RIGHT.values()
-        for flag in flags
-    ]
-    for name, (case, result) in zip(names, run_cases(world_size, cases)):
-        assert_right((name, case), result, 1e-5)
-        mixed = RIGHT[name][1]
-        assert result["mixes_samples"] is mixed, (name, case, result)
-        assert ("affect each other" in result["says"]) == bool(mixed)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_is_wrong(results, world_size, name):
+    result = results[world_size][name]
+    assert result["same_gradients"] is False and result["result"] is False, result
+    if "NaN" not in name and "int" not in name:
+        assert result["gradient_difference"] > 0.2, result
+    assert "DDP is WRONG: its gradients are not" in result["says"], result
+    warned = "WARNING: the ranks read different samples" in result["says"]
+    assert warned == (name == "other data"), result
 
 
-def test_wrong_is_wrong(run_cases):
-    cases = [
-        {"run": "check", "flags": flags, **DIFFICULT, **AUGMENTED, **mistake}
-        for mistake in MISTAKES
-        for flags in ("", "--amp", "--grad_accum_steps 3")
-    ]
-    for case, result in run_cases(2, cases):
-        assert result["same_gradients"] is False, (case, result)
-        assert result["gradient_difference"] > 0.3, (case, result)
-        assert result["says"].startswith("DDP is WRONG"), result
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_cannot_be_repeated_is_not_called_wrong(results, world_size, name):
+    result = results[world_size][name]
+    assert result["same_gradients"] is None, result
+    assert "Cannot tell if DDP is right" in result["says"], result
+    assert result["result"] is True
 
 
-def test_what_cannot_be_repeated_is_not_called_wrong(run_cases):
-    jobs = {"MyDataset": "OwnGenerator"}, {"MyModel": "CountingCNN"}
-    cases = [{"run": "check", **CNN_JOB, **job} for job in jobs]
-    for case, result in run_cases(2, cases):
-        assert result["same_gradients"] is None, (case, result)
-        assert "Cannot tell if DDP is right" in result["says"], (case, result)
+def test_weights_that_drift_apart_are_wrong(results):
+    result = results[2]["drift"]
+    assert result["same_weights"] is False and result["result"] is False
+    assert "WARNING: the ranks' weights differ." in result["says"]
 
 
-def test_samples_that_do_not_divide_are_not_mixed(run_cases):
-    flags = "--dataset_length {} --batch_size {}"
-    sizes = (2, 2), (3, 2), (5, 1), (7, 3), (20, 64), (33, 64)
-    cases = [
-        {"run": "check", "flags": flags.format(*size), **CNN_JOB} for size in sizes
-    ]
-    for case, result in run_cases(3, cases):
-        assert result["mixes_samples"] is False, (case, result)
+def test_an_int_that_is_not_the_same_is_warned_of(results):
+    assert (
+        "WARNING: count_items returns unequal ints"
+        in results[2]["tokens as an int"]["says"]
+    )
 
 
-def test_a_step_that_is_scaled_wrongly_is_seen(finish, folder):
-    """The last step of an epoch has fewer samples: divided by too many, it is wrong."""
-    script = folder / "ddp.py"
-    right = "step_samples = min(accum * batch_size, length - (number - 1) * batch_size)"
-    text = script.read_text()
-    assert text.count(right) == 1
-    wrong = f"{right}\n            if world_size > 1: step_samples = accum * batch_size"
-    script.write_text(text.replace(right, wrong))
-    flags = "--dataset_length 70 --batch_size 8 --grad_accum_steps 3 --epochs 1"
-    run = finish([sys.executable, "ddp.py"], flags, code=1)
-    assert "DDP is WRONG: its gradients are not" in run.stdout
-    assert "DDP training time" in run.stdout  # all else is still shown
+@pytest.mark.parametrize("name", ["experts", "schedule"])
+def test_steps_are_timed(results, name):
+    """Of models that leave out parameters, and with a schedule that has ended."""
+    result = results[2][name]
+    assert result["same_gradients"] is True and "A step takes" in result["says"]
 
 
-def test_another_number_of_steps_is_seen(finish, variant):
-    code = """
-whole = script.make_batch_samplers
-def fewer(length, args):
-    return whole(length, args)[0], whole(length // 2, args)[1]
-script.make_batch_samplers = fewer
-"""
-    run = finish(variant("ddp", code), "--epochs 1", code=1)
-    assert "DDP is WRONG" in run.stdout
-
-
-def test_a_model_that_is_nan_is_no_success(finish, folder, variant):
-    flags = "--dataset_length 300 --epochs 2 --json NaN.json"
-    run = finish(variant("ddp", "script.MyModel = NaNModel"), flags, code=1)
-    assert "The gradients are not finite" in run.stdout
-    figures = json.loads((folder / "NaN.json").read_text())
-    assert figures["json"] == "NaN.json"
-    result = figures["runs"][0]
-    assert result["ddp"]["loss"] is None and result["same_gradients"] is False
-
-
-def test_sync_batchnorm_is_refused(finish, variant):
-    run = finish(variant("ddp", "script.MyModel = SyncBatchNormCNN"), code=1)
-    assert run.stderr.count("SyncBatchNorm needs all ranks") == 1
-    assert "Traceback" not in run.stderr
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_random_combinations_are_right(request, run_cases, world_size):
-    """More: `pytest tests -k random_combinations --examples 1000`."""
-    choose = random.Random(world_size).randint
-    template = "--dataset_length {} --batch_size {} --grad_accum_steps {} --seed {}"
-    cases = []
-    for number in range(request.config.getoption("--examples")):
-        sizes = choose(1, 60), choose(1, 12), choose(1, 6), choose(0, 99)
-        job = {} if number % 2 else dict(AUGMENTED, MyModel="DropoutCNN")
-        cases.append({"run": "check", "flags": template.format(*sizes), **job})
-    orders = [{"run": "order", "flags": case["flags"]} for case in cases]
-    results = run_cases(world_size, cases + orders)
-    for case, result in results[: len(cases)]:
-        assert_right(case, result, 1e-5)
-    for case, (normal, length, ranks) in results[len(cases) :]:
-        in_turn = [batch for batches in zip(*ranks) for batch in batches]
-        assert normal == in_turn and length == len(normal), case
-
-
-def test_the_check_changes_no_training(run_cases):
-    """Also of models with dropout and BatchNorm, to the last bit."""
-    jobs = {}, {"MyModel": "SpectralCNN", "MyDataset": "OtherwiseAugmented"}
-    cases = []
-    for job in (*jobs, JOBS["contrastive"]):
-        case = {"run": "weights", "flags": "--epochs 2", **job}
-        cases += [case, {**case, "check": "no_check"}]
-    results = [result for _, result in run_cases(2, cases)]
-    # `random` and NumPy go on where the check found them, which a training cannot show.
-    assert results[0] == results[1] and results[4] == results[5]
-    assert [len(weights) for weights in results] == [2] * 6
-
-
-def test_gradients_are_synchronised_once_per_optimizer_step(run_cases):
-    flags = "--dataset_length 161 --batch_size 8 --grad_accum_steps {}"
-    cases = [{"run": "synchronisations", "flags": flags.format(n)} for n in (1, 3, 20)]
-    assert [result for _, result in run_cases(2, cases)] == [11, 4, 1]
-
-
-def test_the_parts_of_a_step(run_cases):
+def test_the_parts_of_a_step(results):
     """What takes most of it shows up in the part where it is."""
-    case = {"run": "step", "flags": "--dataset_length 600 --batch_size 30"}
-    slow_data, slow_model = {"MyDataset": "SlowSamples"}, {"MyModel": "SlowModel"}
-    more = {}, slow_data, slow_model, {"MyModel": "LargeModel"}
-    results = run_cases(2, [{**case, **parts} for parts in more])
-    (_, small), (_, slow_data), (_, slow_model), (_, large) = results
-    for parts in (small, slow_data, slow_model, large):
+    shares = {}
+    for name in TIMED:
+        parts = results[2][f"timed: {name}"]["ddp_step_ms"]
         assert min(parts.values()) >= 0
-    assert slow_data["data"] > 0.5 and slow_model["compute"] > 0.5
-    assert large["sync"] > 2 * max(slow_data["sync"], slow_model["sync"])
-    assert max(small["data"], slow_model["data"], large["data"]) < 0.5
+        total = sum(parts.values())
+        shares[name] = {part: ms / total for part, ms in parts.items()}
+    assert shares["slow data"]["data"] > 0.5 and shares["slow model"]["compute"] > 0.5
+    others = shares["slow data"]["sync"], shares["slow model"]["sync"]
+    assert shares["large"]["sync"] > max(others)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="a newer setting")
-def test_the_newer_setting_of_tf32(finish, variant):
-    code = "import torch\ntorch.backends.fp32_precision = 'tf32'"
-    run = finish(variant("ddp", code), "--epochs 1 --dataset_length 500")
-    assert "DDP is right" in run.stdout
+def test_figures_of_one_screen_agree(results):
+    """In the JSON and in what is printed."""
+    result = results[2]["experts"]
+    low, high = result["speedup_range"]
+    ddp_ms = sum(result["ddp_step_ms"].values())
+    assert result["speedup"] == pytest.approx(result["normal_step_ms"] / ddp_ms)
+    assert f"A step takes {result['normal_step_ms']:.2f} ms normally" in result["says"]
+    assert f"{result['speedup']:.2f} times the speed" in result["says"]
+    assert f"({low:.2f} to {high:.2f} in single epochs)" in result["says"]
+    for way in ("normal", "ddp"):
+        assert result[way]["samples"] == 32 and 0 < result[way]["loss"] < 5
+        assert result[f"{way}_seconds"] > result[way]["seconds"]
+
+
+def test_nan_is_null_in_the_json_and_no_failure(finish, folder, define):
+    flags = define({"MyModel": "NaNModel"})
+    run = finish(
+        SCRIPTS["ddp"], f"{flags} --epochs 2 --dataset_length 300 --json a.json"
+    )
+    assert "Cannot tell" in " ".join(run.stdout.split())
+    figures = json.loads((folder / "a.json").read_text())
+    assert figures["ddp"]["loss"] is None and figures["same_gradients"] is None
+    assert len(side_by_side(run.stdout)) == 2
+
+
+def test_sync_batchnorm_is_refused(finish, define):
+    """On a CPU, by DDP itself."""
+    flags = define({"MyModel": "SyncBatchNormCNN", "MyDataset": "Images"})
+    assert "SyncBatchNorm" in finish(SCRIPTS["ddp"], flags, 1).stderr
+
+
+def test_with_workers_the_check_reads_in_a_worker(finish, define):
+    """As training does: of a file that is opened at the first read; also a lambda."""
+    flags = define({"MyModel": "CNN", "MyDataset": "OpenedLate"})
+    flags += " --num_workers 1 --epochs 2 --dataset_length 200 --batch_size 10"
+    assert "DDP is right" in finish(SCRIPTS["ddp"], flags).stdout

@@ -36,8 +36,9 @@ def test_a_killed_rank_ends_the_run(training, name):
 
 
 @both
-def test_an_exception_ends_the_run_and_is_shown(finish, variant, name):
-    run = finish(variant(name, "script.MyModel = FailingModel"), LONG, code=1)
+def test_an_exception_ends_the_run_and_is_shown(finish, define, name):
+    flags = f"{LONG} {define({'MyModel': 'FailingModel'})}"
+    run = finish(SCRIPTS[name], flags, code=1)
     assert "ValueError: a mistake in the model" in run.stderr
     assert not epoch_lines(run.stdout) and not side_by_side(run.stdout)
 
@@ -82,25 +83,35 @@ def test_a_stuck_rank_ends_the_run(training, name):
     assert "Timed out" in run.stderr or "timed out" in run.stderr
 
 
-def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, variant):
+def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, define):
     """The other ranks wait at the store, which has no part in --timeout."""
-    code = "script.MyDataset = SlowSamples\n"
-    code += "script.measure_step = lambda *_: dict(data=1, compute=1, sync=1)"
-    flags = "--timeout 2 --epochs 1 --dataset_length 5500 --batch_size 100"
-    run = finish(variant("ddp", code), flags)
-    progress = r"^  batch \d+/\d+  loss [\d.]+  [\d,]+ samples/s$"
+    flags = "--timeout 2 --epochs 1 --dataset_length 5500 --batch_size 100 "
+    flags += define({"MyDataset": "SlowSamples"})
+    run = finish(SCRIPTS["ddp"], flags)
+    progress = r"^  batch \d+/\d+  loss of rank 0 [\d.]+  [\d,.]+ samples/s$"
     assert re.search(progress, run.stdout, re.MULTILINE)  # after five seconds
     # Two processes sleep half as long each: faster, however busy the machine.
     assert side_by_side(run.stdout)[0][-1] > 1.3
 
 
-def test_one_restart_is_enough(start, folder):
-    """The store of a static rendezvous survives it, with addresses of dead ranks."""
-    launch = "--nproc_per_node=2 --master_port=0 --max_restarts=1 torchrun_ddp.py"
+def test_restarts_with_torchruns_own_store_are_refused(finish):
+    """Its store survives a restart, with addresses of dead ranks."""
+    static = ["--nproc_per_node=2", "--node_rank=0", "--master_addr=127.0.0.1"]
     with socket.create_server(("127.0.0.1", 0)) as server:
-        launch = launch.replace("port=0", f"port={server.getsockname()[1]}")
+        static.append(f"--master_port={server.getsockname()[1]}")
+    for launch in (["--standalone", "--nproc_per_node=2"], static):
+        command = [*TORCHRUN, *launch, "--max_restarts=1", "torchrun_ddp.py"]
+        run = finish(command, code=1)
+        assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in run.stderr
+        assert "epoch" not in run.stdout
+
+
+def test_a_restart_with_a_store_of_its_own(start, folder, define):
+    """It is not counted in vain: one restart is enough."""
+    launch = "--standalone --nproc_per_node=2 --max_restarts=1 torchrun_ddp.py"
     flags = "--epochs 60 --dataset_length 6000 --snapshot_path snapshot.pt --timeout 20"
-    run = start([*TORCHRUN, *launch.split()], flags)
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    run = start([*TORCHRUN, *launch.split()], flags, own_store)
     run.wait_for("epoch 3/")
     run.ranks()[1].kill()
     assert run.wait() == 0, run.stderr
@@ -113,7 +124,7 @@ def test_two_runs_at_the_same_moment(start):
 
 
 @both
-def test_clean_exits(request, finish, folder, variant, name):
+def test_clean_exits(request, finish, folder, define, name):
     """No thread of Gloo is left at the end: it is what aborts a process now and then.
 
     Not even if something refers to the DDP model until the garbage is collected.
@@ -133,10 +144,12 @@ atexit.register(record)
     if sys.platform == "linux":
         (folder / "sitecustomize.py").write_text(record)
     env = {"PYTHONPATH": str(folder)}
-    cyclic = variant(name, "script.DistributedDataParallel = CyclicDDP")
-    commands = [cyclic] + [SCRIPTS[name]] * request.config.getoption("--clean-exits")
-    for command in commands:
-        run = finish(command, "--epochs 1 --dataset_length 1000", env=env)
+    cyclic = define({}, "from models import CyclicDDP as wrap")
+    times = request.config.getoption("--clean-exits")
+    for flags in [cyclic] + [""] * times:
+        run = finish(
+            SCRIPTS[name], f"--epochs 1 --dataset_length 1000 {flags}", env=env
+        )
         assert run.stderr == "" or "master_addr is" in run.stderr
     files = list(folder.glob("threads of *"))
     assert len(files) >= 2 or sys.platform != "linux"

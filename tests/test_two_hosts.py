@@ -7,14 +7,11 @@ import subprocess
 import time
 
 import pytest
-import torch
 from conftest import TORCHRUN, Run, assert_same_end
 from test_resume import LONG, wait_for_mid_epoch
 
 FLAGS = f"{LONG} --save_every 7 --timeout 5"
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
-node_rank = pytest.param("node_rank", marks=pytest.mark.slow)
-styles = pytest.mark.parametrize("style", ["c10d", node_rank])
 
 
 def ip(words):
@@ -23,7 +20,7 @@ def ip(words):
 
 @pytest.fixture
 def hosts():
-    """Two hosts, each with a folder of its own, that share nothing but a network."""
+    """Two hosts, each with a folder of its own. Snapshots are in a folder that they share."""
     a, b = names = [f"ddp{os.getpid()}{letter}" for letter in "ab"]
     made = [ip(f"netns add {name}") for name in names] if shutil.which("ip") else []
     if not made or any(result.returncode for result in made):
@@ -43,25 +40,21 @@ def launch(hosts, folder):
     """Start torchrun on host 0 or 1; all processes end with the test."""
     runs = []
 
-    def launch(number, style, nnodes="2", flags=FLAGS):
+    def launch(number, nnodes="2", flags=FLAGS):
         place = folder / f"host {number}"
         place.mkdir(exist_ok=True)
         shutil.copy(str(folder / "torchrun_ddp.py"), str(place))
         command = f"--nnodes={nnodes} --nproc_per_node=1 --max_restarts=5"
-        if style == "node_rank":
-            command += f" --node_rank={number} --master_addr={ADDRESSES[0]}"
-            command += " --master_port=29500"
-        else:
-            # torchrun finds out by itself which host has the endpoint, and the address
-            # of each, where host names resolve; in these namespaces they do not.
-            command += f" --rdzv_backend=c10d --rdzv_endpoint={ADDRESSES[0]}:29500"
-            command += f" --rdzv_id=1 --local_addr={ADDRESSES[number]} --rdzv_conf="
-            command += f"is_host={1 - number},read_timeout=15,last_call_timeout=3"
-        command += f" torchrun_ddp.py {flags} --snapshot_path snapshot.pt"
+        # torchrun finds out by itself which host has the endpoint, and the address of
+        # each, where host names resolve; in these namespaces they do not.
+        command += f" --rdzv_backend=c10d --rdzv_endpoint={ADDRESSES[0]}:29500"
+        command += f" --rdzv_id=1 --local_addr={ADDRESSES[number]} --rdzv_conf="
+        command += f"is_host={1 - number},read_timeout=15,last_call_timeout=3"
+        command += f" torchrun_ddp.py {flags} --snapshot_path ../snapshot.pt"
         enter = ["ip", "netns", "exec", hosts[number]]
         env = {
             "GLOO_SOCKET_IFNAME": "cable",  # these hosts' names have no address
-            # A store for each restart. Without, hosts that join late wait in vain.
+            # A store for each restart: without, --max_restarts is refused.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         runs.append(Run([*enter, *TORCHRUN, *command.split()], place, env))
@@ -77,9 +70,9 @@ def start_pair(launch, folder, reference):
     """Start two hosts, and wait until they train."""
     reference(LONG)  # now, or they would be done when it is
 
-    def start_pair(style):
-        pair = [launch(number, style) for number in (0, 1)]
-        wait_for_mid_epoch(pair[0], folder / "host 0" / "snapshot.pt")
+    def start_pair():
+        pair = [launch(number) for number in (0, 1)]
+        wait_for_mid_epoch(pair[0], folder / "snapshot.pt")
         return pair
 
     return start_pair
@@ -89,8 +82,7 @@ def assert_finished(pair, folder, reference):
     for run in pair:
         assert run.wait(200) == 0, run.stderr
         assert run.all_gone()
-    assert_same_end(folder / "host 0" / "snapshot.pt", reference(LONG))
-    assert not (folder / "host 1" / "snapshot.pt").exists()
+    assert_same_end(folder / "snapshot.pt", reference(LONG))
 
 
 def rank(run):
@@ -99,10 +91,9 @@ def rank(run):
 
 
 @pytest.mark.timeout(400)
-@styles
-def test_a_killed_worker_and_a_cut_cable(hosts, start_pair, folder, reference, style):
+def test_a_killed_worker_and_a_cut_cable(hosts, start_pair, folder, reference):
     """The cable is cut for longer than --timeout."""
-    pair = start_pair(style)
+    pair = start_pair()
     rank(pair[1]).kill()
     pair[0].wait_for("done, resuming")
     ip(f"-n {hosts[0]} link set cable down")
@@ -113,42 +104,32 @@ def test_a_killed_worker_and_a_cut_cable(hosts, start_pair, folder, reference, s
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@styles
-def test_the_second_hosts_torchrun_is_killed(
-    launch, start_pair, folder, reference, style
-):
-    pair = start_pair(style)
+def test_the_second_hosts_torchrun_is_killed(launch, start_pair, folder, reference):
+    pair = start_pair()
     pair[1].process.kill()
     assert pair[1].all_gone()
-    pair[1] = launch(1, style)
-    if style == "node_rank" and torch.__version__.startswith("2.0."):
-        # Its ranks meet by the number of restarts, which is another on each host now.
-        assert all(run.wait(100) != 0 for run in pair)
-        pair = [launch(number, style) for number in (0, 1)]
+    pair[1] = launch(1)
     assert_finished(pair, folder, reference)
     assert "done, resuming" in pair[0].stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@styles
-def test_the_first_hosts_torchrun_is_killed(
-    launch, start_pair, folder, reference, style
-):
+def test_the_first_hosts_torchrun_is_killed(launch, start_pair, folder, reference):
     """It held the store, so torchrun gives up on the other host too."""
-    pair = start_pair(style)
+    pair = start_pair()
     pair[0].process.kill()
     assert pair[1].wait(100) != 0
     assert all(run.all_gone() for run in pair)
-    assert_finished([launch(number, style) for number in (0, 1)], folder, reference)
+    assert_finished([launch(number) for number in (0, 1)], folder, reference)
 
 
 @pytest.mark.timeout(400)
 def test_a_host_joins_a_running_training_and_leaves_it(launch, folder):
     endless = FLAGS + " --epochs 1000000"
-    first = launch(0, "c10d", nnodes="1:2", flags=endless)
-    wait_for_mid_epoch(first, folder / "host 0" / "snapshot.pt")
-    second = launch(1, "c10d", nnodes="1:2", flags=endless)
+    first = launch(0, nnodes="1:2", flags=endless)
+    wait_for_mid_epoch(first, folder / "snapshot.pt")
+    second = launch(1, nnodes="1:2", flags=endless)
     together = r"1 of 2 processes.*\n.*, resuming\nepoch (.*\n)*"
     first.wait_until(lambda: re.search(together + "epoch ", first.stdout))
     second.process.kill()

@@ -1,0 +1,74 @@
+"""Ranks that differ are ended, or warned of: nobody else would see it."""
+
+import pytest
+from conftest import SCRIPTS, epoch_lines
+from models import CNN_JOB, JOBS
+
+DATA = "WARNING: the ranks read different samples. README: Different data"
+WEIGHTS = "WARNING: the ranks' weights differ. README: Different weights"
+COUNTS = "WARNING: count_items returns unequal ints"
+MISTAKES = {
+    "classes from a set": ({**CNN_JOB, "MyDataset": "ClassesFromSet"}, DATA),
+    "unseeded": ({"MyDataset": "Unseeded"}, DATA),
+    "past the wrapper": (
+        {**CNN_JOB, "MyModel": "PastTheWrapper", "compute_loss": "past_the_wrapper"},
+        WEIGHTS,
+    ),
+    "a second optimizer": ({**CNN_JOB, "compute_loss": "second_optimizer"}, WEIGHTS),
+    "unequal ints": (dict(JOBS["tokens"], count_items="token_int"), COUNTS),
+}
+RIGHT = {
+    "torch": {**CNN_JOB, "MyDataset": "TorchAugmented"},
+    "random and NumPy": {**CNN_JOB, "MyDataset": "OtherwiseAugmented"},
+    "batches": {"MyDataset": "AugmentedBatches"},
+}
+FLAGS = "--dataset_length 200 --epochs 2"
+CASES = {2: {}}
+for run in ("train", "check"):
+    for name, (job, _) in MISTAKES.items():
+        CASES[2][f"{run}: {name}"] = {"run": run, "flags": FLAGS, **job}
+    for name, job in RIGHT.items():
+        CASES[2][f"{run}: {name}"] = {"run": run, "flags": FLAGS, **job}
+
+
+@pytest.mark.parametrize("run", ["train", "check"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_warned_of(results, run, name):
+    result = results[2][f"{run}: {name}"]
+    says = " ".join(result) if run == "train" else result["says"]
+    for warning in (DATA, WEIGHTS, COUNTS):
+        # What drifts apart in ddp.py may have been found before.
+        assert (warning in says) == (warning == MISTAKES[name][1]), says
+
+
+@pytest.mark.parametrize("run", ["train", "check"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_augmentation_is_not(results, run, name):
+    result = results[2][f"{run}: {name}"]
+    assert "WARNING" not in str(result)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_unequal_lengths_end_all(finish, define, name):
+    run = finish(SCRIPTS[name], define({"MyDataset": "Unequal"}), code=1)
+    assert "20100 samples, other ranks have not. README: Different data" in run.stderr
+    assert not epoch_lines(run.stdout) and "SIGABRT" not in run.stderr
+    assert run.stderr.count("Traceback") == (name == "torchrun")  # torchrun's own
+
+
+def test_other_snapshots_end_all(finish, folder, define):
+    """Each rank has a folder of its own, as on machines that share none."""
+    code = "import os\nos.makedirs(os.environ['RANK'], exist_ok=True)\n"
+    code += "os.chdir(os.environ['RANK'])"
+    flags = define({"MyModel": "Plain"}, code)
+    flags += " --snapshot_path snapshot.pt --dataset_length 400 --epochs {}"
+    finish(SCRIPTS["torchrun"], flags.format(1))
+    run = finish(SCRIPTS["torchrun"], flags.format(2), code=1)
+    assert "snapshot.pt is not the same on all machines" in run.stderr
+    assert not epoch_lines(run.stdout)
+
+
+def test_fewer_samples_than_a_batch(finish):
+    for name in SCRIPTS:
+        run = finish(SCRIPTS[name], "--dataset_length 100 --batch_size 64", code=1)
+        assert "100 samples are too few" in run.stderr

@@ -1,0 +1,113 @@
+"""--definitions: what a file defines takes the place of the scripts' own."""
+
+import pytest
+from conftest import SCRIPTS, epoch_lines, load, side_by_side
+
+SHORT = "--epochs 2 --dataset_length 400"
+both = pytest.mark.parametrize("name", SCRIPTS)
+NEIGHBOUR = """
+import os
+import torch
+from torch import nn
+from shapes import HIDDEN
+
+assert os.environ["RANK"] in "01" and os.environ["WORLD_SIZE"] == "2"
+
+class MyModel(nn.Sequential):
+    def __init__(self, input_size):
+        super().__init__(nn.Linear(input_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
+
+class MyDataset(torch.utils.data.Dataset):
+    def __init__(self, length, size, seed=0, train=True):
+        self.length, self.size = length, size
+    def __len__(self):
+        return self.length
+    def __getitem__(self, index):
+        label = index % 2
+        return torch.randn(self.size) + label, label
+"""
+
+
+@pytest.mark.parametrize(
+    "name, method", [("ddp", "forkserver"), ("torchrun", "spawn"), ("torchrun", "fork")]
+)
+def test_a_file_in_another_folder(finish, folder, name, method):
+    """It imports its neighbour; DataLoader's workers find it, however they start."""
+    place = folder / "elsewhere"
+    place.mkdir()
+    (place / "shapes.py").write_text("HIDDEN = 7\n")
+    start = f"torch.multiprocessing.set_start_method('{method}', force=True)\n"
+    (place / "my-own.py").write_text(NEIGHBOUR + start)
+    flags = f"--definitions elsewhere/my-own.py {SHORT} --num_workers 1"
+    run = finish(SCRIPTS[name], flags)
+    assert run.stdout.count("From elsewhere/my-own.py: MyDataset, MyModel\n") == 1
+    lines = side_by_side if name == "ddp" else epoch_lines
+    assert len(lines(run.stdout)) == 2
+    assert name == "torchrun" or "DDP is right" in run.stdout
+
+
+@both
+@pytest.mark.parametrize(
+    "file, text, says",
+    [
+        ("missing.py", None, "--definitions missing.py: no such file"),
+        ("random.py", "MyModel = None", "random.py: no such file, or a module has its"),
+        (
+            "none.py",
+            "MyModle = None",
+            "none.py defines none of MyDataset, MyModel, make_",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used(finish, folder, name, file, text, says):
+    place = folder / "elsewhere"
+    place.mkdir()
+    if text:
+        (place / file).write_text(text)
+    flags = f"--definitions elsewhere/{file}"
+    run = finish(SCRIPTS[name], flags, code=2 if name == "ddp" else 1)
+    lines = [
+        line
+        for line in run.stderr.splitlines()
+        if says in line.replace("elsewhere/", "")
+    ]
+    # torchrun says so for each rank, and then adds a traceback of its own.
+    assert len(lines) == 1 or (lines and name == "torchrun"), run.stderr
+    assert run.stderr.count("Traceback") == (name == "torchrun")
+    assert name == "ddp" or "exitcode  : 2 " in run.stderr
+    assert not epoch_lines(run.stdout) and not side_by_side(run.stdout)
+
+
+def test_the_definitions_in_the_script_can_be_replaced(finish, folder):
+    script = folder / "torchrun_ddp.py"
+    text = script.read_text()
+    old = "    return MyModel(args.input_size)\n"
+    assert text.count(old) == 1
+    script.write_text(text.replace(old, "    return nn.Linear(args.input_size, 2)\n"))
+    finish(SCRIPTS["torchrun"], f"{SHORT} --snapshot_path snapshot.pt")
+    assert list(load(folder / "snapshot.pt")["model"]) == ["weight", "bias"]
+
+
+def test_groups_and_a_schedule(finish, folder, define):
+    """make_optimizer gets the plain model, in ddp.py, too; the schedule is in the snapshot."""
+    job = {"make_optimizer": "groups", "make_scheduler": "one_cycle"}
+    flags = f"{define(job)} {SHORT}"
+    assert "DDP is right" in finish(SCRIPTS["ddp"], flags).stdout
+    finish(SCRIPTS["torchrun"], f"{flags} --snapshot_path snapshot.pt")
+    snapshot = load(folder / "snapshot.pt")
+    assert snapshot["scheduler"]["last_epoch"] == 2 * 3  # of 400 samples, 2 x 64 a step
+    assert len(snapshot["optimizer"]["param_groups"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@both
+def test_compiled(finish, define, name):
+    code = "import torch\nfrom torch.nn.parallel import DistributedDataParallel\n"
+    code += (
+        "def wrap(model):\n    return torch.compile(DistributedDataParallel(model))\n"
+    )
+    flags = define({"MyModel": "ConvBiasNorm", "MyDataset": "Images"}, code)
+    run = finish(SCRIPTS[name], f"{flags} {SHORT}", timeout=280)
+    assert len(epoch_lines(run.stdout) or side_by_side(run.stdout)) == 2
+    assert name == "torchrun" or "DDP is right" in run.stdout
