@@ -5,25 +5,26 @@ process per GPU or, without GPUs, two that share the CPU:
 
     python ddp.py
 
-It starts the processes itself. In each epoch, the first one trains normally, as with one
-device (without GPUs, with its share of the cores): for a step, it takes the batches of
-all processes, one after the other, and adds up their gradients. And all train the same
-steps with DDP, each with its own batches. The first process holds both models.
+It starts the processes itself. In each epoch, the first one trains normally, as with
+one device (without GPUs, with its share of the cores): for a step, it takes the batches
+of all processes, one after the other, and adds up their gradients. And all train the
+same steps with DDP, each with its own batches. The first process holds both models.
 
-To check your own model, add --definitions FILE: your own versions of what you need of
-the ten definitions below, from MyDataset to wrap. Or replace them here. No other line
-makes a dataset or a model, or knows what is in a batch. torchrun_ddp.py takes the same
-file: it trains and validates, and shares most of the functions below.
+To check your own model, add --definitions FILE: a Python file with those of the ten
+definitions below, MyDataset to wrap, that you want to replace. Or replace them here. No
+other line makes a dataset or a model, or knows what is in a batch. torchrun_ddp.py
+shares most functions with this script, and takes the same file, to train for good.
 
-Each process has a number, its rank; the world size is how many there are. A collective
-is a call by which ranks exchange data, such as an all-reduce, which adds up their
-tensors. All ranks must make it: a rank waits for the others, up to --timeout. They find
-each other at a server, the store, which this script opens at MASTER_ADDR and MASTER_PORT
-(from the environment or a file .env).
+Together, the processes are a process group. Each has a number, its rank; the world
+size is how many there are. A collective is a call by which ranks exchange data, such as
+an all-reduce, which adds up their tensors. All ranks must make it: a rank waits for the
+others, up to --timeout. The backend that does it is NCCL between GPUs, otherwise Gloo.
+They find each other at a server, the store, which this script opens at MASTER_ADDR and
+MASTER_PORT, from the environment or a file .env.
 
 Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, numbered in
-the order in which it happens: 1 is in main; 2 and 9 in worker; 3, 4, 5 and 8 in compare;
-6 in accumulate_gradients; 7 in Metrics.
+the order in which it happens: 1 is in main; 2 and 9 in worker; 3, 4, 5 and 8 in
+compare; 6 in accumulate_gradients; 7 in Metrics.
 """
 
 import argparse
@@ -31,7 +32,6 @@ import copy
 import ctypes
 import gc
 import importlib
-import itertools
 import json
 import math
 import os
@@ -46,11 +46,11 @@ import time
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, cycle, islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported later, it would keep the group (DDP 9)
+import torch.distributed.nn  # before a process group exists, or this would keep it
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -73,7 +73,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch at once. Optional: much faster, where the data is in memory."""
+        """Return a batch at once. Optional: much faster, if the data is in memory."""
         indices = torch.tensor(indices)
         return self.inputs[indices], self.labels[indices]
 
@@ -101,8 +101,9 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and how many of its samples or tokens are correct.
+    """Return the mean loss of a batch, and how many of its items are correct.
 
+    Items are samples, or tokens. In place of the second, any sum over them will do.
     Call `model` itself, not one of its methods: DDP has to see each forward pass.
     """
     inputs, labels = batch
@@ -114,18 +115,18 @@ def compute_loss(model, batch):
 def count_items(batch):
     """Return the number of items (samples, tokens) that compute_loss averages over.
 
-    Return an int if it is the same on all ranks, as the size of full batches is: then
-    nothing is exchanged. For tokens, return a tensor, such as (labels != -100).sum(),
-    and never its .item(): in each step, the ranks then add up theirs, and each token has
-    the same weight. `batch` is still in CPU memory. If a batch can be without any item,
-    mind that your loss has a finite gradient then, as cross_entropy's has.
+    An int means: the same on all ranks, as in the full batches of training. Nothing is
+    exchanged then. If ranks can differ, as with tokens, return a tensor and never its
+    .item(), such as (labels != -100).sum(): in each step, the ranks then add up theirs.
+    `batch` is still in CPU memory. A batch without items gets weight 0: its loss may be
+    NaN, but the gradient has to be finite, as cross_entropy's is.
     """
     _, labels = batch
     return len(labels)
 
 
 def collate(samples):
-    """Stack a list of samples; keep a batch of __getitems__, a tuple or a dict, as it is."""
+    """Stack a list of samples; keep what __getitems__ returned, a tuple or a dict."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -138,7 +139,7 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler that is stepped after each of `steps` steps."""
+    """Return None, or a scheduler; `steps` is the number of optimizer steps in all."""
     return
 
 
@@ -152,12 +153,14 @@ def main():
     args, store = parse_args()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
-    batch = args.batch_size * args.grad_accum_steps * args.world_size
+    global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     share = f" share {args.cores} cores" if kind == "cpu" else ""
-    print(f"{args.world_size} processes{share}, global batch {batch:,}", flush=True)
+    print(
+        f"{args.world_size} processes{share}, global batch {global_batch:,}", flush=True
+    )
     try:
         # DDP 1: launch one process per device. They inherit that Ctrl-C is ignored: a
-        # terminal sends it to all, but this process alone is to end, and to end them.
+        # terminal sends it to all processes, but this one ends, and ends the others.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         arguments = args, store.host, store.port
         processes = mp.spawn(worker, arguments, args.world_size, join=False)
@@ -167,7 +170,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-        code = getattr(error, "exit_code", None)  # 1 or 2: it has said why
+        code = getattr(error, "exit_code", None)  # 1 or 2: the process has said why
         sys.exit(code if code in (1, 2) else f"ddp.py: {error}")
     finally:
         for process in mp.active_children():
@@ -176,15 +179,18 @@ def main():
 
 def worker(rank, args, host, port):
     """Run in each process: join the group, compare, leave."""
-    if (
-        sys.platform == "linux"
-    ):  # if the parent is killed, the kernel kills this process
+    if sys.platform == "linux":  # the kernel kills this process when its parent dies
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
+    if sys.version_info < (
+        3,
+        12,
+    ):  # a worker's fork could hang while Gloo frees a message
+        os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
-    mp.set_start_method(None, force=True)  # mp.spawn sets one, DataLoader has its own
-    # As torchrun does, for what your definitions may read.
+    mp.set_start_method(None, force=True)  # for DataLoaders: mp.spawn has set "spawn"
+    # torchrun sets these, too: your definitions may read them.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.world_size}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     torch.set_num_threads(max(1, args.cores // args.world_size))
@@ -196,20 +202,22 @@ def worker(rank, args, host, port):
     store = dist.TCPStore(host, port, timeout=timeout)
     options = {"store": store, "rank": rank, "world_size": args.world_size}
     dist.init_process_group(args.backend, timeout=timeout, **options)
-    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects now: or fails now
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here, or fails
     is_right = compare(args, device, store)
-    # DDP 9: leave. First free the DDP model, which refers to the process group: or Gloo
-    # can abort at exit (https://github.com/pytorch/pytorch/issues/190489).
+    # DDP 9: leave. First collect the DDP model, which is in a reference cycle: it holds
+    # the process group, and Gloo can abort at exit (pytorch/pytorch issue 190489).
     gc.collect()
     dist.destroy_process_group()
     sys.exit(0 if is_right else 1)
 
 
-Way = namedtuple("Way", "model loader training args")  # of training: normal, or DDP
+Way = namedtuple("Way", "model loader training args")  # to train: normal, or with DDP
+Training = namedtuple("Training", "optimizer scheduler scaler")
+EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
 
 
 def compare(args, device, store):
-    """Check DDP, then train both ways. Return whether this rank found DDP to be right."""
+    """Check DDP, then train both ways. Return whether this rank finds DDP right."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
     # when it wraps the model, sends rank 0's weights to all ranks.
@@ -219,37 +227,35 @@ def compare(args, device, store):
     check_data(dataset, args, device)
     ddp_model = wrap(model)
     if any(isinstance(module, nn.SyncBatchNorm) for module in ddp_model.modules()):
-        stop("SyncBatchNorm needs all ranks: compare with BatchNorm")
+        stop("SyncBatchNorm cannot train normally, on rank 0 alone: take BatchNorm")
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
-    # equally many batches, all full: a few samples are left out, others in each epoch.
+    # equally many batches, all full: a few samples are left out, not always the same.
     options = {"num_replicas": world_size, "seed": args.seed, "drop_last": True}
     ranks = range(world_size)
     samplers = [DistributedSampler(dataset, rank=r, **options) for r in ranks]
     shards = [BatchSampler(each, args.batch_size, drop_last=True) for each in samplers]
     steps_per_epoch = math.ceil(len(shards[rank]) / args.grad_accum_steps)
-
-    def make_way(model, trained_model, batch_sampler, args):
-        loader = make_loader(dataset, batch_sampler, args, device)
-        training = make_training(model, args.epochs * steps_per_epoch, args, device)
-        return Way(trained_model, loader, training, args)
-
-    ways = {"ddp": make_way(model, ddp_model, shards[rank], args)}
+    steps = args.epochs * steps_per_epoch
+    loader = make_loader(dataset, shards[rank], args, device)
+    training = make_training(model, steps, args, device)
+    ways = {"ddp": Way(ddp_model, loader, training, args)}
     if rank == 0:
         seed_everything(args.seed)
-        normal_model = make_model(args).to(device)  # as not all models can be copied
+        normal_model = make_model(args).to(device)  # not all models can be copied
         normal_model.load_state_dict(model.state_dict())
         # A normal step takes the batches that a DDP step takes on all ranks together.
         normal_args = copy.copy(args)
         normal_args.grad_accum_steps *= world_size
-        in_turn = InTurn(shards)
-        ways["normal"] = make_way(normal_model, normal_model, in_turn, normal_args)
+        loader = make_loader(dataset, InTurn(shards), args, device)
+        training = make_training(normal_model, steps, args, device)
+        ways["normal"] = Way(normal_model, loader, training, normal_args)
 
     figures = check(ways, dataset, device, store)
     results = {"normal": [], "ddp": []}  # of each epoch
     for epoch in range(args.epochs):
         for sampler in samplers:
             sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs are alike
-        # The one goes first in even epochs, the other one in odd epochs.
+        # Normal goes first in even epochs, DDP in odd ones, to be fair to both.
         for name in ["normal", "ddp"] if epoch % 2 == 0 else ["ddp", "normal"]:
             # For dropout and augmentation: different on each rank, and in each epoch.
             seed_everything(args.seed + epoch * world_size + rank)
@@ -259,17 +265,17 @@ def compare(args, device, store):
             wait_for_rank_0(store, f"epoch {epoch}, {name}")
         if rank == 0:  # DDP 8: rank 0 alone prints results
             print_epoch(epoch, args.epochs, results["normal"][-1], results["ddp"][-1])
-    figures["same_weights"] = check_weights(model)
+    norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
+    warning = "the ranks' weights differ. README: Different weights"
+    figures["same_weights"] = check_same(norms, warning)
     figures.update(measure_steps(ways, results, steps_per_epoch, dataset, device))
     if rank == 0:
         report(results, figures, args)
         if args.json:
-            # JSON has no NaN: write null.
             text = json.dumps({**vars(args), **figures})
+            figures_or_null = json.loads(text, parse_constant=lambda _: None)  # no NaN
             with open(args.json, "w") as file:
-                json.dump(
-                    json.loads(text, parse_constant=lambda _: None), file, indent=1
-                )
+                json.dump(figures_or_null, file, indent=1)
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
@@ -280,27 +286,25 @@ class InTurn:
         self.batch_samplers = batch_samplers
 
     def __iter__(self):
-        return itertools.chain.from_iterable(zip(*self.batch_samplers))
+        return chain.from_iterable(zip(*self.batch_samplers))
 
     def __len__(self):
         return sum(map(len, self.batch_samplers))
 
 
-EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
-
-
-def train_epoch(model, batches, training, args, device, after_step=None):
-    """Train one epoch with DDP, or without: ddp.py compares both, and shares this.
+def train_epoch(model, loader, training, args, device, after_step=None):
+    """Train one epoch, or its rest, with DDP or without (ddp.py compares both).
 
     After each step but the last, rank 0 calls `after_step(batches done)`.
     """
     is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
     metrics, batches_done = Metrics(device), 0
-    iterator, num_batches = iter(batches), len(batches)
+    batches, num_batches = iter(loader), len(loader)
     model.train()
     start = last_print = time.perf_counter()
-    while step_batches := list(islice(iterator, args.grad_accum_steps)):
+    while step_batches := list(islice(batches, args.grad_accum_steps)):
+        # Before the batches are moved, as reading a value from a GPU would wait for it.
         counts = [as_number(count_items(batch)) for batch in step_batches]
         train_step(model, step_batches, counts, training, metrics, args, device)
         batches_done += len(step_batches)
@@ -315,18 +319,17 @@ def train_epoch(model, batches, training, args, device, after_step=None):
     loss, accuracy = metrics.means(is_ddp)  # waits for the GPU, so the time is right
     seconds = time.perf_counter() - start
     if is_ddp and isinstance(metrics.items, int):
-        warning = "count_items returns unequal ints: let it return a tensor"
-        differs(metrics.items, warning)
+        check_same(metrics.items, "count_items' ints differ: let it return a tensor")
     return EpochResult(loss, accuracy, samples, seconds)
 
 
 def as_number(count):
-    """Keep an int; make a float of a tensor, which is in CPU memory: no GPU is waited for."""
+    """Return an int, which all ranks have, as it is; a tensor as a float."""
     return count if isinstance(count, int) else float(count)
 
 
 def train_step(model, batches, counts, training, metrics, args, device):
-    """Take one optimizer step, with the global batch: these batches, of all ranks."""
+    """Take one optimizer step, with these batches and those of the other ranks."""
     optimizer, scheduler, scaler = training
     accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
     scaler.unscale_(optimizer)
@@ -340,9 +343,10 @@ def train_step(model, batches, counts, training, metrics, args, device):
 
 
 def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
-    """Compute the gradients of a step. Each of `batches` has one of `counts` items.
+    """Compute the gradients of a step, over `batches` and those of the other ranks.
 
-    `scale` is a function that is applied to each loss, such as that of a GradScaler.
+    `counts`: the number of items in each batch. `scale`: a function that is applied to
+    each loss, as that of a GradScaler.
     """
     is_ddp = hasattr(model, "no_sync")
     world_size = dist.get_world_size() if is_ddp else 1
@@ -350,16 +354,16 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
     if is_ddp and not isinstance(counts[0], int):  # the ranks have unequal numbers
         global_items = torch.full((), sum(counts), dtype=torch.float32, device=device)
         dist.all_reduce(global_items)
-    for number, (batch, count) in enumerate(zip(batches, counts), 1):
+    for index, (batch, count) in enumerate(zip(batches, counts)):
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass, too, it
         # averages nothing: once per step is enough.
-        is_last = number == len(counts)
+        is_last = index == len(counts) - 1
         with model.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast(args, device):
                 loss, correct = compute_loss(model, to_device(batch, device))
-            # loss * count is the sum over this batch; divided by global_items, it is its
-            # share of the mean over all. DDP divides by world_size: multiply by it first.
+            # loss * count is the batch's sum; divided by global_items, its share in the
+            # mean over all items. DDP divides by world_size, so multiply by it first.
             weight = count * world_size / global_items if count else 0.0
             scale(loss * weight).backward()
         metrics.add(loss, correct, count)
@@ -401,7 +405,7 @@ def wait_for_rank_0(store, name):
 
 
 def check(ways, dataset, device, store):
-    """Take the gradients of one step both ways; rank 0 prints whether they are the same.
+    """Take the gradients of a step both ways; rank 0 prints whether they are the same.
 
     Nothing is trained or changed. Returns figures, which are complete on rank 0 only.
     """
@@ -409,9 +413,8 @@ def check(ways, dataset, device, store):
 
     def take(name, order=1):
         model, loader, _, args = ways[name]
-        step = list(islice(loader.batch_sampler, args.grad_accum_steps))[::order]
-        batches = list(make_loader(Seeded(dataset), step, args, device))
-        return take_gradients(model.train(), batches, args, device)
+        indices = list(islice(loader.batch_sampler, args.grad_accum_steps))[::order]
+        return take_gradients(model.train(), dataset, indices, args, device)
 
     if dist.get_rank() == 0:
         expected = take("normal")
@@ -419,7 +422,7 @@ def check(ways, dataset, device, store):
     found = take("ddp")
     if dist.get_rank() > 0:
         return {"same_gradients": None}
-    # How much may be rounding? (Mistakes make 0.3 and more.) GPUs add up in any order;
+    # How much may be rounding? (A mistake gives 0.3 or more.) GPUs add up in any order;
     # bfloat16 and float16 have three digits.
     limit = 1e-4 if device.type == "cpu" else 1e-2
     if args.precision != "float32" or any(g.element_size() < 4 for g in expected):
@@ -428,58 +431,58 @@ def check(ways, dataset, device, store):
     difference = (gaps / lengths).max().item()
     same = difference < limit
     if not same:
-        # A gradient that should be 0, as that of a bias before BatchNorm, is nothing but
-        # rounding. To see how much, normal training takes its batches in another order.
-        rounding = compare_gradients(expected, take("normal", order=-1))[0].max()
+        # A gradient that should be 0, as of a bias before BatchNorm, is only rounding
+        # noise. Measure noise: normal training, with its batches in reverse. Forgive
+        # gaps up to 10 times that. If it is too large, or NaN, one cannot tell: None.
+        noise = compare_gradients(expected, take("normal", order=-1))[0].max()
         whole = lengths.norm()
-        gaps = (gaps - torch.maximum(10 * rounding, 1e-7 * whole)).clamp(min=0)
+        gaps = (gaps - torch.maximum(10 * noise, 1e-7 * whole)).clamp(min=0)
         difference = (gaps / lengths).max().item()
-        same = difference < limit if rounding < limit * whole else None
-    off = f"({difference:.1g} off)"
-    text = {
-        True: f"DDP is right: its gradients are normal training's {off}.",
-        False: f"DDP is WRONG: its gradients are not normal training's {off}."
-        " README: Wrong.",
+        same = difference < limit if noise < limit * whole else None
+    off = f"normal training's ({difference:.1g} off)."
+    verdicts = {
+        True: f"DDP is right: its gradients are {off}",
+        False: f"DDP is WRONG: its gradients are not {off} README: Wrong.",
         None: "Cannot tell if DDP is right: normal training, repeated, has other"
         " gradients, or infinite ones. README: Not repeatable.",
     }
-    print_wrapped(text[same])
+    print_wrapped(verdicts[same])
     mixes = mixes_samples(ways["normal"].model, dataset, args, device)
     if same and mixes:
-        text = "Samples of a batch affect each other, as with BatchNorm: so it does not"
-        print_wrapped(f"{text} train as one large batch does. README: Mixing.")
+        text = "Samples of a batch affect each other, as with BatchNorm: so DDP does"
+        print_wrapped(f"{text} not train as one large batch would. README: Mixing.")
     size = sum(gradient.nbytes for gradient in expected)
     figures = {"same_gradients": same, "gradient_difference": difference}
     return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
 
 
 def compare_gradients(expected, found):
-    """Return, of all parameters, how far the gradients are apart and how long they are."""
+    """Return, for each parameter, how far gradients are apart and how long they are."""
     gaps = [(one - other).norm().item() for one, other in zip(expected, found)]
     lengths = [gradient.norm().item() for gradient in expected]
     return torch.tensor(gaps), torch.tensor(lengths).clamp(min=1e-30)
 
 
 class Seeded(Dataset):
-    """Reads a dataset with seeded augmentation: who reads a sample makes no difference."""
+    """Reads a dataset with seeded augmentation, so that all ranks read the same."""
 
     def __init__(self, dataset, seed=0):
         self.dataset, self.seed = dataset, seed
 
     def __getitems__(self, indices):
         if hasattr(self.dataset, "__getitems__"):
-            seed_everything(indices[0] + self.seed)
+            seed_everything(indices[0] + self.seed)  # another batch, other numbers
             samples = self.dataset.__getitems__(indices)
         else:
             samples = []
             for index in indices:
-                seed_everything(index)
+                seed_everything(index)  # in any batch, the same numbers
                 samples.append(self.dataset[index])
         seed_everything(self.seed)  # for collate
         return samples
 
 
-def take_gradients(model, batches, args, device, seed=0):
+def take_gradients(model, dataset, batch_indices, args, device, seed=0):
     """Return the gradients of a step, in CPU memory. The model stays as it was.
 
     They can be repeated: before each batch, random numbers (dropout) start anew, and
@@ -487,35 +490,29 @@ def take_gradients(model, batches, args, device, seed=0):
     """
 
     def untrained():  # by name, as a forward pass may replace a buffer
-        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        named = chain(model.named_parameters(), model.named_buffers())
         return {name: value for name, value in named if not value.requires_grad}
 
     first = {name: value.detach().clone() for name, value in untrained().items()}
 
-    def reset():
+    def reset(batch=None):
         seed_everything(seed)
         for name, value in untrained().items():
             value.data = first.get(name, value).clone()
+        return batch
 
-    def batches_after_reset():
-        for batch in batches:
-            reset()
-            yield copy.copy(batch)  # compute_loss may take something out of it
-
-    # DDP divides gradients, not the loss, by the world size. So does normal training
-    # here: otherwise, float16 and bfloat16 would round differently.
-    divisor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
-
-    def scale(loss):
-        return loss * divisor
-
+    batches = list(make_loader(Seeded(dataset, seed), batch_indices, args, device))
     counts = [as_number(count_items(batch)) for batch in batches]
-    fresh, metrics = batches_after_reset(), Metrics(device)
+    fresh = map(reset, batches)  # resets just before each batch is taken
+    # DDP's losses are world_size times as large, and then it divides the gradients. So
+    # does normal training here: or float16 and bfloat16 would round differently.
+    factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
+    more = (lambda loss: factor * loss), Metrics(device), args, device
     try:
-        accumulate_gradients(model, fresh, counts, scale, metrics, args, device)
+        accumulate_gradients(model, fresh, counts, *more)
         trained = [p for p in model.parameters() if p.requires_grad]
         taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        return [(gradient.to_dense() / divisor).cpu() for gradient in taken]
+        return [(gradient.to_dense() / factor).cpu() for gradient in taken]
     finally:
         model.zero_grad()
         reset()
@@ -524,29 +521,27 @@ def take_gradients(model, batches, args, device, seed=0):
 def mixes_samples(model, dataset, args, device):
     """Return whether samples of a batch affect each other; None if that cannot be told.
 
-    If they do not, a batch has the same gradient as its parts; and several batches train
-    as a large one does.
+    If they do not, a batch has the same gradient as its parts, and several batches
+    train as a large one does.
     """
     kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
     if any(isinstance(module, kinds) for module in model.modules() if module.training):
         return True
-    args = argparse.Namespace(**{**vars(args), "precision": "float32"})
+    args = copy.copy(args)
+    args.precision = "float32"
 
-    def take(*indices, seed=0):
-        batches = make_loader(Seeded(dataset, seed), indices, args, device)
-        return take_gradients(model.eval(), list(batches), args, device, seed)
+    def take(*batch_indices, seed=0):
+        return take_gradients(model.eval(), dataset, batch_indices, args, device, seed)
 
     def differ(expected, found):
         gaps, lengths = compare_gradients(expected, found)
-        return bool(
-            (gaps / lengths.clamp(min=1e-3 * lengths.norm().item())).max() > 1e-2
-        )
+        return bool((gaps / lengths.maximum(1e-3 * lengths.norm())).max() > 1e-2)
 
     size = 2 * min(len(dataset) // 2, args.batch_size, 8)
     part = min(2, size // 2)
     try:
         whole = take(range(size))
-        if differ(whole, take(range(size), seed=1)):  # there is noise: no comparison
+        if differ(whole, take(range(size), seed=1)):  # there is other randomness
             return None
         return differ(whole, take(*[range(i, i + part) for i in range(0, size, part)]))
     except Exception:  # noqa: BLE001, not every model has a loss in evaluation mode
@@ -571,59 +566,57 @@ def print_epoch(epoch, epochs, normal, ddp):
 
 
 def measure_steps(ways, results, steps_per_epoch, dataset, device):
-    """Return the ms of a step, both ways, and where a DDP step's go. Spoils the weights.
+    """Return the ms of a normal step, and of a DDP step's parts. Spoils the weights.
 
     Steps are timed with batches that are on the device already, with and without
-    averaging gradients. What a step of the epochs took beyond the former is data.
+    averaging gradients: that is sync. What a step of the epochs took beyond is data.
     """
-
-    def median_ms(name):  # of the epochs; the first one warms up
+    step_ms = {}  # of the median epoch; the first one warms up
+    for name in ways:
         seconds = [result.seconds for result in results[name][1:] or results[name]]
-        return 1000 * statistics.median(seconds) / steps_per_epoch
-
-    model, loader, training, args = ways["ddp"]
-    step_ms = median_ms("ddp")
-    repeats = [max(2, round(400 / step_ms))]  # for nearly half a second
+        step_ms[name] = 1000 * statistics.median(seconds) / steps_per_epoch
+    repeats = [max(2, round(400 / step_ms["ddp"]))]  # for nearly half a second
     dist.broadcast_object_list(repeats, 0)  # rank 0's, for all
-    # Those of some steps, as batches can differ in size.
+    model, loader, training, args = ways["ddp"]
+    # The batches of up to four steps, as they can differ in size.
     num_batches = args.grad_accum_steps * min(repeats[0], 4)
-    indices = list(islice(loader.batch_sampler, num_batches))
-    steps = model, dataset, indices, repeats[0], training, args, device
-    synced_ms = min(time_steps(*steps), step_ms)  # or noise could make a part negative
+    batch_indices = list(islice(loader.batch_sampler, num_batches))
+    timed = model, dataset, batch_indices, repeats[0], training, args, device
+    synced_ms = min(
+        time_steps(*timed), step_ms["ddp"]
+    )  # noise could make data negative
     with model.no_sync():  # last: here, the ranks' weights drift apart
-        compute_ms = min(time_steps(*steps), synced_ms)
-    parts = {"data": step_ms - synced_ms, "compute": compute_ms}
+        compute_ms = min(time_steps(*timed), synced_ms)
+    parts = {"data": step_ms["ddp"] - synced_ms, "compute": compute_ms}
     parts["sync"] = synced_ms - compute_ms
-    figures = {"ddp_step_ms": parts, "large_batch_step_ms": None}
-    if dist.get_rank() == 0:
-        figures["normal_step_ms"] = median_ms("normal")
-    if dist.get_rank() == 0 and device.type == "cuda":
+    figures = {"ddp_step_ms": parts, "normal_step_ms": step_ms.get("normal")}
+    figures["large_batch_step_ms"] = None
+    if "normal" in ways and device.type == "cuda":
         # One device might take a batch as large as those of all ranks together. (Not
         # tried on a CPU, which can run out of memory without an exception.)
         model, _, training, _ = ways["normal"]
-        indices = [range(args.batch_size * args.world_size)] * args.grad_accum_steps
-        steps = model, dataset, indices, repeats[0], training, args, device
+        batch_indices = [
+            range(args.batch_size * args.world_size)
+        ] * args.grad_accum_steps
+        timed = model, dataset, batch_indices, repeats[0], training, args, device
         with suppress(torch.cuda.OutOfMemoryError):
-            figures["large_batch_step_ms"] = time_steps(*steps)
+            figures["large_batch_step_ms"] = time_steps(*timed)
     return figures
 
 
-def time_steps(model, dataset, indices, repeats, training, args, device):
-    """Return the ms of an optimizer step, on average, without reading data.
-
-    `indices`: for each batch of a step, or of several steps in turn.
-    """
-    batches = list(make_loader(dataset, indices, args, device))
+def time_steps(model, dataset, batch_indices, repeats, training, args, device):
+    """Return the mean ms of an optimizer step on these batches, without reading."""
+    batches = list(make_loader(dataset, batch_indices, args, device))
     counts = [as_number(count_items(batch)) for batch in batches]
     batches = [to_device(batch, device) for batch in batches]
     training = training._replace(scheduler=None)  # it has done all its steps
     metrics, starts = Metrics(device), range(0, len(batches), args.grad_accum_steps)
-    for number, start in zip(range(repeats + 1), itertools.cycle(starts)):
+    for number, start in zip(range(repeats + 1), cycle(starts)):
         if number == 1:  # the first step warms up
             metrics.loss_sum.item()  # waits for the GPU
             begin = time.perf_counter()
         step = slice(start, start + args.grad_accum_steps)
-        copies = [copy.copy(batch) for batch in batches[step]]
+        copies = [copy.copy(batch) for batch in batches[step]]  # compute_loss may pop
         train_step(model, copies, counts[step], training, metrics, args, device)
     metrics.loss_sum.item()
     return 1000 * (time.perf_counter() - begin) / repeats
@@ -669,7 +662,7 @@ def verdict(figures, num_ratios, args):
     text += f", where {args.world_size} would be ideal."
     devices = torch.cuda.device_count() or args.cores
     if args.world_size > devices:
-        return f"{text} {args.world_size} processes share {devices}: use no more."
+        return f"{text} {args.world_size} processes share {devices}: start no more."
     if data > max(compute, sync):
         return f"{text} Loading costs most: try --num_workers {args.num_workers + 2}."
     if unsynced >= 4 * sync:  # synchronising takes a fifth of a step, or less
@@ -690,7 +683,7 @@ def print_wrapped(text):
     print(textwrap.fill(text, 80, break_on_hyphens=False))
 
 
-# What torchrun_ddp.py needs, too.
+# Helpers. Most are shared with torchrun_ddp.py.
 
 
 def choose_device(local_rank):
@@ -711,7 +704,7 @@ def use_definitions(path):
     module = importlib.import_module(os.path.splitext(file)[0])
     found = {name: vars(module)[name] for name in names if name in vars(module)}
     globals().update(found)
-    if not found and os.environ["RANK"] == "0":  # the launcher then ends the others
+    if not found and os.environ["RANK"] == "0":  # then the others are ended
         print(f"{path} defines none of {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     if os.environ["RANK"] == "0":
@@ -719,7 +712,7 @@ def use_definitions(path):
 
 
 def seed_everything(seed):
-    """Seed all that draws random numbers: PyTorch, Python, and NumPy where it is used."""
+    """Seed all that draws random numbers: PyTorch, Python, and NumPy if it is used."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -727,11 +720,10 @@ def seed_everything(seed):
 
 
 def check_data(dataset, args, device):
-    """Check that all ranks read the same data: otherwise, training is silently wrong."""
-    rank, length = dist.get_rank(), len(dataset)
-    if differs(length):
-        text = f"{length} samples, other ranks have not. README: Different data"
-        stop(f"rank {rank} has {text}")
+    """Check that all ranks read the same training data. Else, it is silently wrong."""
+    length = len(dataset)
+    if not check_same(length):
+        stop(f"{length} samples, but not on all ranks. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
@@ -740,30 +732,24 @@ def check_data(dataset, args, device):
     indices = [number * (length - 1) // 7 for number in range(8)]
     samples = next(iter(make_loader(dataset, [indices], args, device)))
     text = re.sub("0x[0-9A-Fa-f]+", "", repr(samples))
-    differs(text, "the ranks read different samples. README: Different data")
+    check_same(text, "the ranks read different samples. README: Different data")
 
 
-def differs(value, warning=""):
-    """Return whether this value is not the same on all ranks; then, rank 0 may warn."""
+def check_same(value, warning=""):
+    """Return whether all ranks have the same value; if not, rank 0 prints a warning."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
-    if warning and len(set(values)) > 1 and dist.get_rank() == 0:
+    same = len(set(values)) == 1
+    if warning and not same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
-    return len(set(values)) > 1
+    return same
 
 
 def stop(reason):
-    """Say why, leave the group in good order, and end. (All ranks have to call this.)"""
+    """Say why, leave the group, and end. All ranks have to call this."""
     print(reason, file=sys.stderr, flush=True)
     dist.destroy_process_group()
     sys.exit(1)
-
-
-def check_weights(model):
-    """Return whether all ranks have the same weights; otherwise, rank 0 warns."""
-    trained = [p.detach() for p in model.parameters() if p.requires_grad]
-    sums = [torch.linalg.vector_norm(p, 1).item() for p in trained]
-    return not differs(sums, "the ranks' weights differ. README: Different weights")
 
 
 def make_loader(dataset, batch_sampler, args, device):
@@ -836,30 +822,21 @@ def parse_flags(parser):
             parser.error(f"{flag} must be a number from {minimum}")
     if args.backend == "nccl" and not gpus:
         parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    file = args.definitions
-    if file and (
-        not os.path.isfile(file) or os.path.basename(file)[:-3] in sys.modules
-    ):
+    file, name = args.definitions, os.path.basename(args.definitions or "")[:-3]
+    if file and (not os.path.isfile(file) or name in sys.modules):
         parser.error(f"--definitions {file}: no such file, or a module has its name")
     return args
-
-
-Training = namedtuple("Training", "optimizer scheduler scaler")  # what train_step needs
 
 
 def make_training(model, steps, args, device):
     """Return what train_step needs besides a model. (The scheduler can be None.)"""
     optimizer = make_optimizer(model, args)
-    scheduler = make_scheduler(optimizer, steps, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
-    return Training(optimizer, scheduler, scaler)
+    return Training(optimizer, make_scheduler(optimizer, steps, args), scaler)
 
 
 def open_store(parser):
-    """Return the store where the ranks meet, at MASTER_ADDR and MASTER_PORT.
-
-    Without MASTER_PORT, at any free port. Exits with code 2 if it cannot listen there.
-    """
+    """Return the ranks' store, at MASTER_ADDR and MASTER_PORT (default: a free one)."""
     address = os.environ.get("MASTER_ADDR") or "localhost"
     port = os.environ.get("MASTER_PORT") or "0"
     try:

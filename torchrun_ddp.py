@@ -8,13 +8,15 @@ each, run this on both; 10.0.0.1 is one of them:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \
         --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=1 torchrun_ddp.py
 
-To train your own model, add --definitions FILE: your own versions of what you need of
-the ten definitions below, from MyDataset to wrap. Or replace them here. No other line
-makes a dataset or a model, or knows what is in a batch.
+To train your own model, add --definitions FILE: a Python file with those of the ten
+definitions below, MyDataset to wrap, that you want to replace. Or replace them here. No
+other line makes a dataset or a model, or knows what is in a batch. ddp.py, which shares
+most functions with this script, takes the same file: it checks what DDP does with it.
 
-Each process has a number, its rank; the world size is how many there are. A collective
-is a call by which ranks exchange data, such as an all-reduce, which adds up their
-tensors. All ranks must make it: a rank waits for the others, up to --timeout.
+Together, the processes are a process group. Each has a number, its rank; the world
+size is how many there are. A collective is a call by which ranks exchange data, such as
+an all-reduce, which adds up their tensors. All ranks must make it: a rank waits for the
+others, up to --timeout. The backend that does it is NCCL between GPUs, otherwise Gloo.
 
 Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, numbered in
 the order in which it happens: 1, 2 and 9 are in main; 3, 4, 5 and 8 in train; 6 in
@@ -36,12 +38,11 @@ import time
 from collections import namedtuple
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported later, it would keep the group (DDP 9)
+import torch.distributed.nn  # before a process group exists, or this would keep it
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -63,7 +64,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch at once. Optional: much faster, where the data is in memory."""
+        """Return a batch at once. Optional: much faster, if the data is in memory."""
         indices = torch.tensor(indices)
         return self.inputs[indices], self.labels[indices]
 
@@ -91,8 +92,9 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and how many of its samples or tokens are correct.
+    """Return the mean loss of a batch, and how many of its items are correct.
 
+    Items are samples, or tokens. In place of the second, any sum over them will do.
     Call `model` itself, not one of its methods: DDP has to see each forward pass.
     """
     inputs, labels = batch
@@ -104,18 +106,18 @@ def compute_loss(model, batch):
 def count_items(batch):
     """Return the number of items (samples, tokens) that compute_loss averages over.
 
-    Return an int if it is the same on all ranks, as the size of full batches is: then
-    nothing is exchanged. For tokens, return a tensor, such as (labels != -100).sum(),
-    and never its .item(): in each step, the ranks then add up theirs, and each token has
-    the same weight. `batch` is still in CPU memory. If a batch can be without any item,
-    mind that your loss has a finite gradient then, as cross_entropy's has.
+    An int means: the same on all ranks, as in the full batches of training. Nothing is
+    exchanged then. If ranks can differ, as with tokens, return a tensor and never its
+    .item(), such as (labels != -100).sum(): in each step, the ranks then add up theirs.
+    `batch` is still in CPU memory. A batch without items gets weight 0: its loss may be
+    NaN, but the gradient has to be finite, as cross_entropy's is.
     """
     _, labels = batch
     return len(labels)
 
 
 def collate(samples):
-    """Stack a list of samples; keep a batch of __getitems__, a tuple or a dict, as it is."""
+    """Stack a list of samples; keep what __getitems__ returned, a tuple or a dict."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -128,7 +130,7 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler that is stepped after each of `steps` steps."""
+    """Return None, or a scheduler; `steps` is the number of optimizer steps in all."""
     return
 
 
@@ -144,25 +146,31 @@ def main():
     args = parse_args()
     if sys.platform == "linux":  # if torchrun is killed, the kernel kills this process
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    if sys.version_info < (
+        3,
+        12,
+    ):  # a worker's fork could hang while Gloo frees a message
+        os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
     # DDP 2: own a device, then join the others. (Local rank: rank on this machine.)
     device = choose_device(int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
-    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects now: or fails now
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here, or fails
     if os.environ["LOCAL_RANK"] == "0":
         here = f"{os.environ['LOCAL_WORLD_SIZE']} of {dist.get_world_size()} processes"
         how = f"{device.type}, backend {args.backend}, {args.precision}"
         print(f"{platform.node()}: {here} on {how}")
     train(args, device)
-    # DDP 9: leave. First free the DDP model, which refers to the process group: or Gloo
-    # can abort at exit (https://github.com/pytorch/pytorch/issues/190489).
+    # DDP 9: leave. First collect the DDP model, which is in a reference cycle: it holds
+    # the process group, and Gloo can abort at exit (pytorch/pytorch issue 190489).
     gc.collect()
     dist.destroy_process_group()
 
 
-Training = namedtuple("Training", "optimizer scheduler scaler")  # what train_step needs
+Training = namedtuple("Training", "optimizer scheduler scaler")
+EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
 
 
 def train(args, device):
@@ -175,73 +183,76 @@ def train(args, device):
     model = make_model(args).to(device)
     check_data(dataset, args, device)
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
-    # equally many batches, all full: a few samples are left out, others in each epoch.
+    # equally many batches, all full: a few samples are left out, not always the same.
     sampler = DistributedSampler(dataset, seed=args.seed, drop_last=True)
     batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
-    loader = make_loader(dataset, batch_sampler, args, device)
+    whole_loader = make_loader(dataset, batch_sampler, args, device)
     # Validation takes each sample once: DistributedSampler would repeat or drop some.
     shard = range(rank, len(validation_set), world_size)
     validation_batches = BatchSampler(shard, args.batch_size, drop_last=False)
     validation_loader = make_loader(validation_set, validation_batches, args, device)
 
-    steps = args.epochs * math.ceil(len(loader) / args.grad_accum_steps)
+    steps = args.epochs * math.ceil(len(whole_loader) / args.grad_accum_steps)
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, steps, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
     training = Training(optimizer, scheduler, scaler)
     epochs_done, samples_done = load_snapshot(args, model, training)
-    skip = samples_done // (args.batch_size * world_size)  # batches of each rank
-    if skip == len(loader):  # with more ranks than before, too few samples are left
+    # Batches that each rank skips. All ranks take turns in one order of the samples.
+    skip = samples_done // (args.batch_size * world_size)
+    if skip == len(
+        whole_loader
+    ):  # with more ranks than before, too few samples are left
         epochs_done, skip = epochs_done + 1, 0
     ddp_model = wrap(model)  # shares its weights with `model`
 
-    def save_if_due(epoch, skip, batches_done):
+    def save_if_due(batches_done):  # with `epoch` and `skip` of the loop below
         if batches_done % (args.save_every * args.grad_accum_steps) == 0:
             samples = (skip + batches_done) * args.batch_size * world_size
             save_snapshot(args, model, training, epoch, samples)
 
+    after_step = save_if_due if args.save_every else None
     seconds = 0
     for epoch in range(epochs_done, args.epochs):
         sampler.set_epoch(epoch)  # DDP 5: reshuffle, or every epoch has the same order
         # For dropout and augmentation: different on each rank, and in each epoch.
         seed_everything(args.seed + epoch * world_size + rank)
-        batches = loader
+        loader = whole_loader
         if skip:  # go on where the snapshot was taken
-            batches = make_loader(dataset, list(batch_sampler)[skip:], args, device)
-        after_step = partial(save_if_due, epoch, skip) if args.save_every else None
+            loader = make_loader(dataset, list(batch_sampler)[skip:], args, device)
         # DDP 6 and 7, synchronise and measure globally, are in what this calls.
-        result = train_epoch(ddp_model, batches, training, args, device, after_step)
-        seconds, skip = seconds + result.seconds, 0
+        result = train_epoch(ddp_model, loader, training, args, device, after_step)
+        seconds += result.seconds
+        skip = 0
         if rank == 0:  # DDP 8: rank 0 alone prints results and saves
             line = f"epoch {epoch + 1}/{args.epochs}  loss {result.loss:.4f}"
             rate = f"{result.samples / result.seconds:,.2f} samples/s"
             print(f"{line}  accuracy {result.accuracy:.1%}  {rate}")
             if args.snapshot_path:
                 save_snapshot(args, model, training, epoch + 1, 0)
-        # All ranks validate, each on its shard: this has collectives.
+        # All ranks validate, each on its shard. This has collectives, too.
         loss, accuracy = evaluate(ddp_model, validation_loader, args, device)
         if rank == 0:
             print(f"  validation  loss {loss:.4f}  accuracy {accuracy:.1%}")
-        check_weights(model)
+        norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
+        check_same(norms, "the ranks' weights differ. README: Different weights")
     if rank == 0:
         print(f"DDP training time: {seconds:.2f} seconds")
 
 
-EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
-
-
-def train_epoch(model, batches, training, args, device, after_step=None):
-    """Train one epoch with DDP, or without: ddp.py compares both, and shares this.
+def train_epoch(model, loader, training, args, device, after_step=None):
+    """Train one epoch, or its rest, with DDP or without (ddp.py compares both).
 
     After each step but the last, rank 0 calls `after_step(batches done)`.
     """
     is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
     metrics, batches_done = Metrics(device), 0
-    iterator, num_batches = iter(batches), len(batches)
+    batches, num_batches = iter(loader), len(loader)
     model.train()
     start = last_print = time.perf_counter()
-    while step_batches := list(islice(iterator, args.grad_accum_steps)):
+    while step_batches := list(islice(batches, args.grad_accum_steps)):
+        # Before the batches are moved, as reading a value from a GPU would wait for it.
         counts = [as_number(count_items(batch)) for batch in step_batches]
         train_step(model, step_batches, counts, training, metrics, args, device)
         batches_done += len(step_batches)
@@ -256,18 +267,17 @@ def train_epoch(model, batches, training, args, device, after_step=None):
     loss, accuracy = metrics.means(is_ddp)  # waits for the GPU, so the time is right
     seconds = time.perf_counter() - start
     if is_ddp and isinstance(metrics.items, int):
-        warning = "count_items returns unequal ints: let it return a tensor"
-        differs(metrics.items, warning)
+        check_same(metrics.items, "count_items' ints differ: let it return a tensor")
     return EpochResult(loss, accuracy, samples, seconds)
 
 
 def as_number(count):
-    """Keep an int; make a float of a tensor, which is in CPU memory: no GPU is waited for."""
+    """Return an int, which all ranks have, as it is; a tensor as a float."""
     return count if isinstance(count, int) else float(count)
 
 
 def train_step(model, batches, counts, training, metrics, args, device):
-    """Take one optimizer step, with the global batch: these batches, of all ranks."""
+    """Take one optimizer step, with these batches and those of the other ranks."""
     optimizer, scheduler, scaler = training
     accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
     scaler.unscale_(optimizer)
@@ -281,9 +291,10 @@ def train_step(model, batches, counts, training, metrics, args, device):
 
 
 def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
-    """Compute the gradients of a step. Each of `batches` has one of `counts` items.
+    """Compute the gradients of a step, over `batches` and those of the other ranks.
 
-    `scale` is a function that is applied to each loss, such as that of a GradScaler.
+    `counts`: the number of items in each batch. `scale`: a function that is applied to
+    each loss, as that of a GradScaler.
     """
     is_ddp = hasattr(model, "no_sync")
     world_size = dist.get_world_size() if is_ddp else 1
@@ -291,16 +302,16 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
     if is_ddp and not isinstance(counts[0], int):  # the ranks have unequal numbers
         global_items = torch.full((), sum(counts), dtype=torch.float32, device=device)
         dist.all_reduce(global_items)
-    for number, (batch, count) in enumerate(zip(batches, counts), 1):
+    for index, (batch, count) in enumerate(zip(batches, counts)):
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass, too, it
         # averages nothing: once per step is enough.
-        is_last = number == len(counts)
+        is_last = index == len(counts) - 1
         with model.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast(args, device):
                 loss, correct = compute_loss(model, to_device(batch, device))
-            # loss * count is the sum over this batch; divided by global_items, it is its
-            # share of the mean over all. DDP divides by world_size: multiply by it first.
+            # loss * count is the batch's sum; divided by global_items, its share in the
+            # mean over all items. DDP divides by world_size, so multiply by it first.
             weight = count * world_size / global_items if count else 0.0
             scale(loss * weight).backward()
         metrics.add(loss, correct, count)
@@ -333,10 +344,14 @@ class Metrics:
 
 def evaluate(ddp_model, loader, args, device):
     """Return the mean loss and the accuracy, 0 to 1, over the whole validation set."""
-    share_buffers(ddp_model)
-    # Without DDP: its forward pass has collectives, and ranks can have unequal numbers of
-    # batches.
     model, metrics = ddp_model.module, Metrics(device)
+    # All ranks take rank 0's buffers (BatchNorm's statistics), those of the snapshot.
+    for name, buffer in model.named_buffers():
+        if ddp_model.broadcast_buffers and name not in ddp_model.parameters_to_ignore:
+            contiguous = buffer.contiguous()  # broadcast needs it
+            dist.broadcast(contiguous, 0)
+            buffer.copy_(contiguous)
+    # Not through DDP: that has collectives, and some ranks have more batches.
     model.eval()
     with torch.no_grad(), autocast(args, device):
         for batch in loader:
@@ -344,16 +359,6 @@ def evaluate(ddp_model, loader, args, device):
             loss, correct = compute_loss(model, to_device(batch, device))
             metrics.add(loss, correct, count)
     return metrics.means()
-
-
-def share_buffers(ddp_model):
-    """Give all ranks rank 0's buffers (BatchNorm's statistics), which are the saved ones."""
-    ignored = ddp_model.parameters_to_ignore  # DDP was told to leave these alone
-    for name, buffer in ddp_model.module.named_buffers():
-        if ddp_model.broadcast_buffers and name not in ignored:
-            contiguous = buffer.contiguous()  # others cannot be sent
-            dist.broadcast(contiguous, 0)
-            buffer.copy_(contiguous)
 
 
 def choose_device(local_rank):
@@ -374,7 +379,7 @@ def use_definitions(path):
     module = importlib.import_module(os.path.splitext(file)[0])
     found = {name: vars(module)[name] for name in names if name in vars(module)}
     globals().update(found)
-    if not found and os.environ["RANK"] == "0":  # the launcher then ends the others
+    if not found and os.environ["RANK"] == "0":  # then the others are ended
         print(f"{path} defines none of {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     if os.environ["RANK"] == "0":
@@ -382,7 +387,7 @@ def use_definitions(path):
 
 
 def seed_everything(seed):
-    """Seed all that draws random numbers: PyTorch, Python, and NumPy where it is used."""
+    """Seed all that draws random numbers: PyTorch, Python, and NumPy if it is used."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -390,11 +395,10 @@ def seed_everything(seed):
 
 
 def check_data(dataset, args, device):
-    """Check that all ranks read the same data: otherwise, training is silently wrong."""
-    rank, length = dist.get_rank(), len(dataset)
-    if differs(length):
-        text = f"{length} samples, other ranks have not. README: Different data"
-        stop(f"rank {rank} has {text}")
+    """Check that all ranks read the same training data. Else, it is silently wrong."""
+    length = len(dataset)
+    if not check_same(length):
+        stop(f"{length} samples, but not on all ranks. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
@@ -403,30 +407,24 @@ def check_data(dataset, args, device):
     indices = [number * (length - 1) // 7 for number in range(8)]
     samples = next(iter(make_loader(dataset, [indices], args, device)))
     text = re.sub("0x[0-9A-Fa-f]+", "", repr(samples))
-    differs(text, "the ranks read different samples. README: Different data")
+    check_same(text, "the ranks read different samples. README: Different data")
 
 
-def differs(value, warning=""):
-    """Return whether this value is not the same on all ranks; then, rank 0 may warn."""
+def check_same(value, warning=""):
+    """Return whether all ranks have the same value; if not, rank 0 prints a warning."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
-    if warning and len(set(values)) > 1 and dist.get_rank() == 0:
+    same = len(set(values)) == 1
+    if warning and not same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
-    return len(set(values)) > 1
+    return same
 
 
 def stop(reason):
-    """Say why, leave the group in good order, and end. (All ranks have to call this.)"""
+    """Say why, leave the group, and end. All ranks have to call this."""
     print(reason, file=sys.stderr, flush=True)
     dist.destroy_process_group()
     sys.exit(1)
-
-
-def check_weights(model):
-    """Return whether all ranks have the same weights; otherwise, rank 0 warns."""
-    trained = [p.detach() for p in model.parameters() if p.requires_grad]
-    sums = [torch.linalg.vector_norm(p, 1).item() for p in trained]
-    return not differs(sums, "the ranks' weights differ. README: Different weights")
 
 
 def make_loader(dataset, batch_sampler, args, device):
@@ -443,7 +441,7 @@ def make_loader(dataset, batch_sampler, args, device):
 
 
 def load_snapshot(args, model, training):
-    """Load the snapshot, if there is one, on all ranks. Return its `epoch` and `samples`."""
+    """Load the snapshot on all ranks, if there is one; return its two numbers."""
     path, done, problem = args.snapshot_path, (0, 0), ""
     if path and dist.get_rank() == 0:  # if it cannot be written, fail now
         open(path + ".tmp", "wb").close()
@@ -463,9 +461,8 @@ def load_snapshot(args, model, training):
             done = snapshot["epoch"], snapshot["samples"]
         except Exception as error:  # noqa: BLE001, a damaged file can raise anything
             problem = f"cannot resume from {path}: {error!r:.900}"
-    if differs((done, problem)) or problem:
-        other = f"{path} is not the same on all machines: they need a shared folder"
-        stop(problem or other)
+    if not check_same((done, problem)) or problem:
+        stop(problem or f"{path} is not the same on all machines: use a shared folder")
     if done != (0, 0) and dist.get_rank() == 0:
         print(f"{path}: {done[0]} epochs and {done[1]} samples done, resuming")
     return done
@@ -474,9 +471,7 @@ def load_snapshot(args, model, training):
 def fixed_settings(args, training):
     """Return the settings that must be the same when a training is resumed."""
     names = "batch_size grad_accum_steps learning_rate max_grad_norm dataset_length"
-    settings = {
-        name: getattr(args, name) for name in f"{names} input_size seed".split()
-    }
+    settings = {key: getattr(args, key) for key in f"{names} input_size seed".split()}
     # A scheduler is made for so many epochs.
     return {**settings, "epochs": args.epochs if training.scheduler else None}
 
@@ -495,7 +490,7 @@ def save_snapshot(args, model, training, epoch, samples):
         torch.save(snapshot, file)
         file.flush()
         os.fsync(file.fileno())
-    torch.load(file.name, mmap=True, weights_only=True)  # if it cannot, fail now
+    torch.load(file.name, mmap=True, weights_only=True)  # fail now if it cannot
     os.replace(file.name, args.snapshot_path)
 
 
@@ -556,10 +551,8 @@ def parse_flags(parser):
             parser.error(f"{flag} must be a number from {minimum}")
     if args.backend == "nccl" and not gpus:
         parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    file = args.definitions
-    if file and (
-        not os.path.isfile(file) or os.path.basename(file)[:-3] in sys.modules
-    ):
+    file, name = args.definitions, os.path.basename(args.definitions or "")[:-3]
+    if file and (not os.path.isfile(file) or name in sys.modules):
         parser.error(f"--definitions {file}: no such file, or a module has its name")
     return args
 
@@ -579,8 +572,7 @@ def parse_args():
     too_few = int(env["LOCAL_RANK"]) >= torch.cuda.device_count()
     if args.backend == "nccl" and too_few and "NCCL_MULTI_RANK_GPU_ENABLE" not in env:
         parser.error("fewer GPUs than processes: --backend gloo lets them share")
-    # After a restart, ranks would find addresses of dead ones in the store, if it is
-    # torchrun's own. torchrun sets these variables.
+    # In torchrun's own store of addresses, restarted ranks would find dead ones.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"

@@ -6,7 +6,7 @@ from models import CNN_JOB, JOBS
 
 DATA = "WARNING: the ranks read different samples. README: Different data"
 WEIGHTS = "WARNING: the ranks' weights differ. README: Different weights"
-COUNTS = "WARNING: count_items returns unequal ints"
+COUNTS = "WARNING: count_items' ints differ"
 MISTAKES = {
     "classes from a set": ({**CNN_JOB, "MyDataset": "ClassesFromSet"}, DATA),
     "unseeded": ({"MyDataset": "Unseeded"}, DATA),
@@ -51,7 +51,7 @@ def test_augmentation_is_not(results, run, name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_unequal_lengths_end_all(finish, define, name):
     run = finish(SCRIPTS[name], define({"MyDataset": "Unequal"}), code=1)
-    assert "20100 samples, other ranks have not. README: Different data" in run.stderr
+    assert "20100 samples, but not on all ranks. README: Different data" in run.stderr
     assert not epoch_lines(run.stdout) and "SIGABRT" not in run.stderr
     assert run.stderr.count("Traceback") == (name == "torchrun")  # torchrun's own
 
@@ -64,7 +64,9 @@ def test_other_snapshots_end_all(finish, folder, define):
     flags += " --snapshot_path snapshot.pt --dataset_length 400 --epochs {}"
     finish(SCRIPTS["torchrun"], flags.format(1))
     run = finish(SCRIPTS["torchrun"], flags.format(2), code=1)
-    assert "snapshot.pt is not the same on all machines" in run.stderr
+    assert (
+        "snapshot.pt is not the same on all machines: use a shared folder" in run.stderr
+    )
     assert not epoch_lines(run.stdout)
 
 

@@ -42,8 +42,7 @@ def test_the_documented_ddp_command(finish, folder):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_the_json_of_ddp(finish, folder, world_size):
+def test_the_json_of_ddp(finish, folder, world_size=3):
     """With ranks that do not divide the samples, and a last step of fewer batches."""
     flags = f"--world_size {world_size} --dataset_length 1001 --batch_size 7 --epochs 2"
     flags += " --grad_accum_steps 3 --precision bfloat16 --json figures.json"

@@ -80,11 +80,12 @@ def torchrun(ranks):
 @layouts
 def test_training_is_that_of_the_cpu(finish, ranks, backend, env):
     """Data, weights and shuffling come from the CPU, so the metrics are alike."""
-    for flags in ("", "--amp --grad_accum_steps 3", "--num_workers 2 --batch_size 999"):
+    low = "--precision bfloat16 --grad_accum_steps 3"
+    for flags in ("", low, "--num_workers 2 --batch_size 999"):
         here = finish(torchrun(ranks), f"--backend {backend} {flags}", env=env)
         assert f"{ranks} of {ranks} processes on cuda, backend {backend}" in here.stdout
         there = finish(torchrun(ranks), flags)
-        close = 0.02 if "--amp" in flags else 0.001
+        close = 0.02 if "bfloat16" in flags else 0.001
         for lines in (epoch_lines, validation_lines):
             pairs = list(zip(lines(here.stdout), lines(there.stdout)))
             assert len(pairs) == 5
@@ -95,42 +96,41 @@ def test_training_is_that_of_the_cpu(finish, ranks, backend, env):
 
 
 @layouts
-@pytest.mark.parametrize("flags", ["", "--amp"])
-@pytest.mark.parametrize("model", ["", "BatchNormCNN", "DropoutLSTM"])
-def test_the_comparison(finish, folder, variant, ranks, backend, env, flags, model):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("model", ["", "ConvBiasNorm", "DropoutLSTM"])
+def test_the_comparison(finish, folder, define, ranks, backend, env, precision, model):
     """With augmentation. How exact it is here, `pytest -rP` shows."""
-    pasted = f"script.MyModel, script.MyDataset = {model}, TorchAugmented"
-    command = variant("ddp", pasted) if model else SCRIPTS["ddp"]
-    flags += f" --world_size {ranks} --backend {backend} --dataset_length 2000"
-    run = finish(command, flags + " --json figures.json", env=env)
-    assert run.stdout.startswith(f"PyTorch {torch.__version__} on cuda with {backend}")
+    flags = f"--precision {precision} --world_size {ranks} --backend {backend}"
+    flags += " --dataset_length 2000 --json figures.json"
+    if model:
+        flags += " " + define({"MyModel": model, "MyDataset": "TorchAugmented"})
+    run = finish(SCRIPTS["ddp"], flags, env=env)
+    assert run.stdout.startswith(f"PyTorch {torch.__version__} on cuda, {backend}")
     assert_quiet(run)
-    for result in json.loads((folder / "figures.json").read_text())["runs"]:
-        print(model, flags, "difference:", result["gradient_difference"])
-        assert result["same_gradients"] is True
-        assert sum(result["ddp_step_ms"].values()) > 0
+    result = json.loads((folder / "figures.json").read_text())
+    print(model, flags, "difference:", result["gradient_difference"])
+    assert result["same_gradients"] is True and result["same_weights"] is True
+    assert sum(result["ddp_step_ms"].values()) > 0 < result["large_batch_step_ms"]
 
 
 @layouts
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_what_people_bring(finish, variant, ranks, backend, env, name):
+def test_what_people_bring(finish, define, ranks, backend, env, name):
     """The batches of each job reach the GPU, whatever they are made of."""
     for job in JOBS.values():
-        code = "".join(f"script.{part} = {new}\n" for part, new in job.items())
-        command = variant(name, code)
-        if name == "torchrun":
-            command = [*torchrun(ranks)[:-1], command[-1]]
+        command = torchrun(ranks) if name == "torchrun" else SCRIPTS["ddp"]
         more = f" --world_size {ranks}" if name == "ddp" else ""
         flags = f"--epochs 1 --dataset_length 500 --backend {backend}{more}"
-        finish(command, flags, env=env)
+        finish(command, f"{flags} {define(job)}", env=env)
 
 
 @layouts
-def test_a_resume_needs_no_more_memory(finish, folder, variant, ranks, backend, env):
+def test_a_resume_needs_no_more_memory(finish, folder, define, ranks, backend, env):
     """A model of 100 MB, in many layers: peaks of a fresh run, and of a resumed one."""
     code = """
-import atexit, torch
-class Deep(nn.Sequential):
+import atexit, os, torch
+from torch import nn
+class MyModel(nn.Sequential):
     def __init__(self, input_size):
         super().__init__(nn.Linear(input_size, 1024))
         for _ in range(25):
@@ -140,10 +140,10 @@ def peak():
     if torch.cuda.is_initialized():
         print("peak", os.environ["RANK"], torch.cuda.max_memory_allocated(), flush=True)
 atexit.register(peak)
-script.MyModel = Deep
 """
-    command = [*torchrun(ranks)[:-1], variant("torchrun", code)[-1]]
-    flags = f"--dataset_length 640 --backend {backend} --snapshot_path snapshot.pt"
+    command = torchrun(ranks)
+    flags = f"--dataset_length 640 --backend {backend} --snapshot_path snapshot.pt "
+    flags += define({}, code)
     peaks = []
     for epochs in (1, 2):
         run = finish(command, f"{flags} --epochs {epochs}", env=env)
@@ -222,10 +222,10 @@ def test_each_rank_has_one_context_and_its_parent_none(finish, folder, ranks):
 
 
 @pytest.mark.parametrize("mistake", [False, True])
-def test_no_step_waits_for_the_gpu(finish, variant, mistake):
+def test_no_step_waits_for_the_gpu(finish, define, mistake):
     """Nothing in it synchronises; with .item(), which does, this notices it."""
-    code = f"SyncCheckedModel.mistake = {mistake}\nscript.MyModel = SyncCheckedModel"
+    code = f"MyModel.mistake = {mistake}"
+    flags = f"--backend nccl {define({'MyModel': 'SyncCheckedModel'}, code)}"
     env = {"CUDA_VISIBLE_DEVICES": ONE}
-    command = [part.replace("=2", "=1") for part in variant("torchrun", code)]
-    run = finish(command, "--backend nccl", 1 if mistake else 0, env)
+    run = finish(torchrun(1), flags, 1 if mistake else 0, env)
     assert re.search("synchronizing CUDA operation", run.stderr) or not mistake

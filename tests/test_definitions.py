@@ -28,9 +28,7 @@ class MyDataset(torch.utils.data.Dataset):
 """
 
 
-@pytest.mark.parametrize(
-    "name, method", [("ddp", "forkserver"), ("torchrun", "spawn"), ("torchrun", "fork")]
-)
+@pytest.mark.parametrize("name, method", [("ddp", "forkserver"), ("torchrun", "spawn")])
 def test_a_file_in_another_folder(finish, folder, name, method):
     """It imports its neighbour; DataLoader's workers find it, however they start."""
     place = folder / "elsewhere"

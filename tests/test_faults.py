@@ -63,8 +63,14 @@ def test_ctrl_c_ends_torchrun(training):
     assert run.wait(60) != 0 and run.all_gone()
 
 
-@both
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("ddp", signal.SIGTERM),
+        ("ddp", signal.SIGKILL),
+        ("torchrun", signal.SIGKILL),
+    ],
+)
 def test_a_killed_parent_leaves_no_process(training, name, how):
     run = training(name, "--num_workers 1" if how == signal.SIGKILL else "")
     run.process.send_signal(how)
