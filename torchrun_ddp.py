@@ -450,10 +450,12 @@ def load_snapshot(args, model, training):
         try:
             # weights_only: a snapshot is data and must not run code.
             snapshot = torch.load(path, map_location="cpu", weights_only=True)
-            settings = fixed_settings(args, training)
-            for name, value in snapshot["settings"].items():
-                if value != settings[name]:
-                    raise ValueError(f"it was made with --{name} {value}")
+            settings, old = fixed_settings(args, training), snapshot["settings"]
+            changed = [
+                f"--{name} {old[name]}" for name in old if old[name] != settings[name]
+            ]
+            if changed:
+                raise ValueError(f"it was made with {', '.join(changed)}")
             model.load_state_dict(snapshot["model"])
             for name, part in training._asdict().items():
                 if part and snapshot[name]:  # a scaler's is empty without float16

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ def test_the_loop_before_and_after_the_diff(finish, folder):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_file_of_ones_own(finish, folder, name):
-    (folder / "mine.py").write_text(block("class MyDataset"))
+    (folder / "mine.py").write_text(block("def make_datasets"))
     run = finish(SCRIPTS[name], "--definitions mine.py --dataset_length 2000")
-    assert "From mine.py: MyDataset, make_model\n" in run.stdout
+    assert "From mine.py: make_datasets, make_model\n" in run.stdout
     if name == "torchrun":
         assert validation_lines(run.stdout)[-1][1] > 80, run.stdout
     else:
@@ -60,8 +61,7 @@ def test_a_file_of_ones_own(finish, folder, name):
 
 def test_weighted_sampling(finish, folder):
     """All weight is on samples with label 1."""
-    method = block("def __getitem__(self, _)")
-    method = method[method.index("def __getitem__") :]
+    method = textwrap.dedent(block("def __getitem__(self, _)"))
     code = "import torch\nfrom models import Samples\nclass MyDataset(Samples):\n"
     code += "    def __init__(self, *args, **options):\n"
     code += "        super().__init__(*args, **options)\n"

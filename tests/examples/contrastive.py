@@ -41,19 +41,19 @@ def make_datasets(args):
 
 
 def make_model(args):
-    first = nn.Conv1d(1, 32, 9, stride=2, padding=4), nn.ReLU()
-    second = nn.Conv1d(32, 64, 9, stride=2, padding=4), nn.ReLU()
-    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    one = nn.Conv1d(1, 32, 9, stride=2, padding=4), nn.ReLU()
+    two = nn.Conv1d(32, 64, 9, stride=2, padding=4), nn.ReLU()
+    return nn.Sequential(*one, *two, nn.AdaptiveAvgPool1d(1), nn.Flatten())
 
 
 def compute_loss(model, batch):
-    """Tell each view's partner from all others, and count how often that succeeds."""
+    """Return InfoNCE, and how many first views are nearest to their own second view."""
     vectors = nn.functional.normalize(model(torch.cat(batch)), dim=1)
-    ones, others = vectors.chunk(2)
-    similarities = ones @ others.T / 0.1  # of each with each; 0.1 is the temperature
-    partners = torch.arange(len(ones), device=ones.device)
-    loss = nn.functional.cross_entropy(similarities, partners)
-    return loss, (similarities.argmax(dim=1) == partners).sum()
+    first, second = vectors.chunk(2)
+    similarities = first @ second.T / 0.1  # of all pairs; 0.1 is the temperature
+    targets = torch.arange(len(first), device=first.device)
+    loss = nn.functional.cross_entropy(similarities, targets)
+    return loss, (similarities.argmax(dim=1) == targets).sum()
 
 
 def count_items(batch):

@@ -45,9 +45,9 @@ def make_model(args):
 
 
 def make_optimizer(model, args):
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]  # of biases and norms
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]  # biases, and norms'
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0003, weight_decay=0.05)
 
 

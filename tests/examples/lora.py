@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py \
         --definitions tests/examples/lora.py
 
-Needs peft. For real, replace texts.make_model by BertForSequenceClassification's
-from_pretrained: here, nothing is downloaded, and the frozen weights are random ones.
+Needs peft. Nothing is downloaded: the frozen weights are random ones. To fine-tune a
+trained model, load it with from_pretrained instead of texts.make_model.
 """
 
 import warnings
