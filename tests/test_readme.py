@@ -29,14 +29,21 @@ def block(start):
     return found
 
 
-def test_the_loop_before_and_after_the_diff(finish, folder):
+def test_the_loop_before_and_after_the_diff(start, folder):
     (diff,) = blocks("diff")
     for name, other in (("before", "+"), ("after", "-")):
         lines = [line[1:] for line in diff.splitlines() if line[0] != other]
+        if torch.__version__ < "2.6" and name == "after":  # or Gloo can hang at exit
+            lines[-1:] = ["import gc", "gc.collect()", lines[-1]]
+            lines.insert(0, "import torch.distributed.nn")
         (folder / f"{name}.py").write_text("\n".join(lines) + "\n")
     ends = []
     for command in ([sys.executable, "before.py"], [*STANDALONE, "after.py"]):
-        lines = finish(command).stdout.splitlines()
+        run = start(command)
+        while run.wait() != 0:  # Gloo aborts at exit now and then, as the page says
+            assert "terminate called without an active exception" in run.stderr
+            run = start(command)
+        lines = run.stdout.splitlines()
         assert [line.split()[0] for line in lines] == ["0", "1", "2"]
         # A share of 101 samples, each of them counted once.
         shares = [float(line.split()[1]) for line in lines]
