@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import SCRIPTS, TORCHRUN, epoch_lines, side_by_side
 
 LONG = "--epochs 1000000 --dataset_length 2000"
@@ -105,7 +106,8 @@ def test_restarts_with_torchruns_own_store_are_refused(finish):
     static = ["--nproc_per_node=2", "--node_rank=0", "--master_addr=127.0.0.1"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         static.append(f"--master_port={server.getsockname()[1]}")
-    for launch in (["--standalone", "--nproc_per_node=2"], static):
+    shares = torch.__version__ >= "2.5"  # before, only the static launch
+    for launch in [["--standalone", "--nproc_per_node=2"]] * shares + [static]:
         command = [*TORCHRUN, *launch, "--max_restarts=1", "torchrun_ddp.py"]
         run = finish(command, code=1)
         assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in run.stderr
