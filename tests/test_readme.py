@@ -113,7 +113,8 @@ def test_a_snapshot_in_fsdp2(finish, folder):
     code += "for name, value in model.state_dict().items():\n"
     code += "    assert value.to_local().shape != value.shape or value.dim() == 0\n"
     code += "    assert torch.equal(value.full_tensor(), whole[name]), name\n"
-    code += "dist.destroy_process_group()\nprint('equal')\n"
+    code += "print('equal')\nimport gc\ndel model, value\ngc.collect()\n"
+    code += "dist.destroy_process_group()\n"
     (folder / "shard.py").write_text(code)
     run = finish([*STANDALONE, "shard.py"])
     assert run.stdout.count("equal") == 2
