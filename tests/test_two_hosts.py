@@ -7,9 +7,14 @@ import subprocess
 import time
 
 import pytest
+import torch
 from conftest import TORCHRUN, Run, assert_same_end
 from test_resume import LONG, wait_for_mid_epoch
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.5",
+    reason="2.4's ranks meet by the host's name, which these hosts cannot resolve",
+)
 FLAGS = f"{LONG} --save_every 7 --timeout 5"
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 
