@@ -183,10 +183,8 @@ def worker(rank, args, host, port):
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
-    if sys.version_info < (
-        3,
-        12,
-    ):  # a worker's fork could hang while Gloo frees a message
+    # Before Python 3.12, a worker's fork can hang while Gloo's thread frees a message.
+    if sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
     mp.set_start_method(None, force=True)  # for DataLoaders: mp.spawn has set "spawn"
@@ -582,9 +580,8 @@ def measure_steps(ways, results, steps_per_epoch, dataset, device):
     num_batches = args.grad_accum_steps * min(repeats[0], 4)
     batch_indices = list(islice(loader.batch_sampler, num_batches))
     timed = model, dataset, batch_indices, repeats[0], training, args, device
-    synced_ms = min(
-        time_steps(*timed), step_ms["ddp"]
-    )  # noise could make data negative
+    # The smaller one, as noise could make a part negative.
+    synced_ms = min(time_steps(*timed), step_ms["ddp"])
     with model.no_sync():  # last: here, the ranks' weights drift apart
         compute_ms = min(time_steps(*timed), synced_ms)
     parts = {"data": step_ms["ddp"] - synced_ms, "compute": compute_ms}

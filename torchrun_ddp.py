@@ -146,10 +146,8 @@ def main():
     args = parse_args()
     if sys.platform == "linux":  # if torchrun is killed, the kernel kills this process
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if sys.version_info < (
-        3,
-        12,
-    ):  # a worker's fork could hang while Gloo frees a message
+    # Before Python 3.12, a worker's fork can hang while Gloo's thread frees a message.
+    if sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
     # DDP 2: own a device, then join the others. (Local rank: rank on this machine.)
@@ -200,9 +198,7 @@ def train(args, device):
     epochs_done, samples_done = load_snapshot(args, model, training)
     # Batches that each rank skips. All ranks take turns in one order of the samples.
     skip = samples_done // (args.batch_size * world_size)
-    if skip == len(
-        whole_loader
-    ):  # with more ranks than before, too few samples are left
+    if skip == len(whole_loader):  # with more ranks now, too few samples are left
         epochs_done, skip = epochs_done + 1, 0
     ddp_model = wrap(model)  # shares its weights with `model`
 
