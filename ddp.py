@@ -592,9 +592,8 @@ def measure_steps(ways, results, steps_per_epoch, dataset, device):
         # One device might take a batch as large as those of all ranks together. (Not
         # tried on a CPU, which can run out of memory without an exception.)
         model, _, training, _ = ways["normal"]
-        batch_indices = [
-            range(args.batch_size * args.world_size)
-        ] * args.grad_accum_steps
+        large_batch = range(args.batch_size * args.world_size)
+        batch_indices = [large_batch] * args.grad_accum_steps
         timed = model, dataset, batch_indices, repeats[0], training, args, device
         with suppress(torch.cuda.OutOfMemoryError):
             figures["large_batch_step_ms"] = time_steps(*timed)
@@ -657,7 +656,8 @@ def verdict(figures, num_ratios, args):
     if args.world_size == 1:
         return f"{text}. One process cannot be faster."
     text += f", where {args.world_size} would be ideal."
-    devices = torch.cuda.device_count() or args.cores
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = gpus or args.cores
     if args.world_size > devices:
         return f"{text} {args.world_size} processes share {devices}: start no more."
     if data > max(compute, sync):

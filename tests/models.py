@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torch.utils.data import Dataset, default_collate
 
 
 class Images(Dataset):
@@ -524,14 +524,6 @@ class UnseededImages(TorchAugmented):
         super().__init__(length, size, seed + dist.get_rank(), train)
 
 
-class OverlappingSampler(DistributedSampler):
-    """A mistake: each rank reads the same part of the dataset."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.rank = 0
-
-
 class NoDDP(nn.Module):
     """A mistake: the model is not wrapped, so nothing is averaged."""
 
@@ -825,11 +817,6 @@ def groups(model, args):
         n.startswith("module.") for n, _ in model.named_parameters()
     )
     return torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest}])
-
-
-def numpy_rate(model, args):
-    """A mistake: a rate that can be saved, and not loaded with weights_only."""
-    return torch.optim.Adam(model.parameters(), lr=numpy.float64(0.01))
 
 
 class PartlyLabelled(Dataset):
