@@ -43,6 +43,7 @@ import statistics
 import sys
 import textwrap
 import time
+import traceback
 from collections import namedtuple
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -201,7 +202,12 @@ def worker(rank, args, host, port):
     options = {"store": store, "rank": rank, "world_size": args.world_size}
     dist.init_process_group(args.backend, timeout=timeout, **options)
     dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here, or fails
-    is_right = compare(args, device, store)
+    try:
+        is_right = compare(args, device, store)
+    except Exception:  # noqa: BLE001, all are shown
+        # mp.spawn shows one error, which can be that of a rank whose peer has failed.
+        traceback.print_exc()
+        sys.exit(1)
     # DDP 9: leave. First collect the DDP model, which is in a reference cycle: it holds
     # the process group, and Gloo can abort at exit (pytorch/pytorch issue 190489).
     gc.collect()

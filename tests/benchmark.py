@@ -150,7 +150,7 @@ def limit(dataset, model, batch_size):
         yield
 
 
-# torchrun starts one of these three; what rank 0 returns is the result.
+# torchrun starts one of these two; what rank 0 returns is the result.
 def race(setting, contenders, repeats):
     """Let the contenders take turns; return the seconds of the epochs of each."""
     dist.init_process_group("gloo")
@@ -170,21 +170,6 @@ def race(setting, contenders, repeats):
             dist.barrier()
             seconds[name].append(time.perf_counter() - start)
     return {name: times[1:] for name, times in seconds.items()}  # the first warms up
-
-
-def all_reduce(repeats):
-    """Return the mean seconds of an all-reduce of the gradients, for each size."""
-    dist.init_process_group("gloo")
-    seconds = {}
-    sizes = [("1 KB", 10**3, 500), ("10 MB", 10**7, 10), ("100 MB", 10**8, 2)]
-    for name, size, count in sizes:
-        gradients = torch.zeros(size // 4)
-        dist.all_reduce(gradients)  # the first one is slower
-        start = time.perf_counter()
-        for _ in range(repeats * count):
-            dist.all_reduce(gradients)
-        seconds[name] = (time.perf_counter() - start) / (repeats * count)
-    return seconds
 
 
 def start_up(command, launched):
@@ -249,9 +234,6 @@ def main():
     print("\nSpeed of two processes over that of one, ratios of the medians:")
     for name, one, two in zip(SETTINGS, speeds[::2], speeds[1::2]):
         print(f"- {name}:", *(f"{k} {two[k] / one[k]:.2f}" for k in ("ours", "limit")))
-    figures["all_reduce"] = launch(2, "all_reduce", repeats=args.repeats)
-    means = [f"{k} {v * 1000:.2f} ms" for k, v in figures["all_reduce"].items()]
-    print("\nMean time of an all-reduce between two processes:", ", ".join(means))
     commands = {"ours": [torchrun_ddp.__file__, "--epochs=1"], "bare": None}
     figures["start_up"] = {"ours": [], "bare": []}
     for name in list(commands) * max(1, args.repeats // 2):

@@ -11,10 +11,12 @@ import collections
 import contextlib
 import gc
 import io
+import itertools
 import json
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import models
@@ -76,6 +78,13 @@ def train(args):
     with contextlib.redirect_stdout(io.StringIO()) as says:
         torchrun_ddp.train(args, CPU)
     return says.getvalue().splitlines()
+
+
+def progress(args):
+    """Return the same, where 3 seconds pass from each look at the clock to the next."""
+    clock = types.SimpleNamespace(perf_counter=itertools.count(0, 3).__next__)
+    with replaced(time=clock):
+        return train(args)
 
 
 def waits(args):

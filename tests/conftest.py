@@ -32,7 +32,7 @@ def pytest_addoption(parser):
         parser.addoption(flag, type=int, default=default, metavar="N", help=help)
 
     add("--random-kills", 1, "kill training at N random moments (default: 1)")
-    add("--clean-exits", 1, "run each script N times in a row (default: 1)")
+    add("--clean-exits", 0, "run each script N times more, for its exit (default: 0)")
     parser.addoption("--all", action="store_true", help="also run the slow tests")
 
 
@@ -59,7 +59,7 @@ class Run:
         if TORCHRUN[-1] in command:
             inherited["OMP_NUM_THREADS"] = "1"  # or torchrun prints that it chose this
         inherited["CUDA_VISIBLE_DEVICES"] = ""  # unless `env` shows GPUs: test_cuda.py
-        self.out, self.err = folder / "stdout", folder / "stderr"
+        self.out, self.err = (folder / f"std{s} {self.mark}" for s in ("out", "err"))
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
                 command,

@@ -413,11 +413,6 @@ JOBS = {
 }
 
 
-class Plain(nn.Linear):
-    def __init__(self, input_size):
-        super().__init__(input_size, 2)
-
-
 class NaNModel(nn.Linear):
     def __init__(self, input_size):
         super().__init__(input_size, 2)

@@ -60,6 +60,13 @@ def test_a_bad_flag(refuse, monkeypatch, script, flags, says):
     assert says in refuse(script, flags)
 
 
+@pytest.mark.parametrize("script", [ddp, torchrun_ddp], ids=["ddp", "torchrun"])
+def test_definitions_named_like_a_module(refuse, tmp_path, script):
+    (tmp_path / "random.py").write_text("MyModel = None")
+    says = refuse(script, f"--definitions {tmp_path}/random.py")
+    assert "random.py: no such file, or a module has its name" in says
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -165,9 +172,3 @@ def test_nothing_is_started(finish, folder, name):
     assert run.stdout == "" and "error: " in run.stderr.splitlines()[-1]
     assert (folder / "starts").read_text() == "."
     assert name != "ddp" or "MASTER_PORT=from-the-file" in run.stderr
-
-
-def test_under_torchrun_a_bad_flag_is_named(finish):
-    run = finish(SCRIPTS["torchrun"], "--epochs 0", code=1)
-    assert "--epochs must be a number from 1" in run.stderr
-    assert "exitcode  : 2 " in run.stderr and "Traceback" not in run.stdout

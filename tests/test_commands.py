@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     SCRIPTS,
+    STANDALONE,
     TORCHRUN,
     epoch_lines,
     load,
@@ -22,8 +23,16 @@ def assert_equal_columns(rows):
         assert ddp_accuracy == pytest.approx(accuracy, abs=0.2)
 
 
+def leave_only(name, folder):
+    """Delete the other files: each script runs where it is alone."""
+    for path in folder.iterdir():
+        if path.name != name:
+            path.unlink()
+
+
 def test_the_documented_ddp_command(finish, folder):
     """Also, it reads .env, but the environment wins."""
+    leave_only("ddp.py", folder)
     (folder / ".env").write_text("MASTER_ADDR=127.0.0.1\nMASTER_PORT=not-a-port\n")
     assert "MASTER_PORT=not-a-port" in finish(SCRIPTS["ddp"], code=2).stderr
     flags = "--epochs 10 --batch_size 128 --input_size 200 --world_size 2"
@@ -42,7 +51,7 @@ def test_the_documented_ddp_command(finish, folder):
     assert max(map(len, lines)) <= 80
 
 
-def test_the_json_of_ddp(finish, folder, world_size=3):
+def test_the_json_and_that_both_train_the_same_model(finish, folder, world_size=3):
     """With ranks that do not divide the samples, and a last step of fewer batches."""
     flags = f"--world_size {world_size} --dataset_length 1001 --batch_size 7 --epochs 2"
     flags += " --grad_accum_steps 3 --precision bfloat16 --json figures.json"
@@ -61,13 +70,22 @@ def test_the_json_of_ddp(finish, folder, world_size=3):
     assert figures["mixes_samples"] is False
     assert figures["gradient_bytes"] == 808 and figures["large_batch_step_ms"] is None
     assert set(figures["ddp_step_ms"]) == {"data", "compute", "sync"}
-    assert_equal_columns(side_by_side(run.stdout))
+    rows = side_by_side(run.stdout)
+    assert_equal_columns(rows)
+    # torchrun_ddp.py has the same metrics: over all ranks.
+    command = [*STANDALONE, f"--nproc_per_node={world_size}", "torchrun_ddp.py"]
+    flags = f"{flags.partition('--json')[0]} --snapshot_path snapshot.pt"
+    flags = flags.replace(f"--world_size {world_size}", "")
+    assert epoch_lines(finish(command, flags).stdout) == [row[2:4] for row in rows]
+    snapshot = load(folder / "snapshot.pt")
+    assert snapshot["epoch"] == len(rows) == 2
+    assert list(snapshot["model"]) == ["linear.weight", "linear.bias"]  # no "module."
 
 
 def test_the_documented_torchrun_command(finish, folder):
     launch = "--nproc_per_node=2 --nnodes=1 --node_rank=0 --master_addr=127.0.0.1"
     flags = "--backend gloo --epochs 5 --batch_size 64 --input_size 100"
-    before = sorted(folder.iterdir())
+    leave_only("torchrun_ddp.py", folder)
     launch += f" --master_port=29500 torchrun_ddp.py {flags}"
     run = finish([*TORCHRUN, *launch.split()])
     assert run.stderr == ""
@@ -76,21 +94,8 @@ def test_the_documented_torchrun_command(finish, folder):
     assert len(epoch_lines(run.stdout)) == len(validation_lines(run.stdout)) == 5
     assert len(lines) == 12 and max(map(len, lines[1:])) <= 80, run.stdout
     assert re.match(r"DDP training time: [\d.]+ seconds$", lines[-1])
-    written = [p for p in folder.iterdir() if p not in before]
-    assert {p.name for p in written} <= {"stdout", "stderr", "__pycache__"}
-
-
-def test_both_scripts_train_the_same_model(finish, folder):
-    """The metrics of torchrun_ddp.py are over all ranks: those of normal training."""
-    flags = "--dataset_length 501 --batch_size 9 --grad_accum_steps 2 --epochs 3"
-    one = finish(SCRIPTS["torchrun"], f"{flags} --snapshot_path snapshot.pt").stdout
-    other = finish(SCRIPTS["ddp"], flags).stdout
-    rows = side_by_side(other)
-    assert epoch_lines(one) == [row[2:4] for row in rows] and len(rows) == 3
-    assert_equal_columns(rows)
-    snapshot = load(folder / "snapshot.pt")
-    assert snapshot["epoch"] == 3
-    assert list(snapshot["model"]) == ["linear.weight", "linear.bias"]  # no "module."
+    written = {path.name.split()[0] for path in folder.iterdir()}
+    assert written == {"torchrun_ddp.py", "stdout", "stderr"}
 
 
 def test_ranks_have_the_same_data_in_disjoint_shards_anew_each_epoch(
@@ -114,28 +119,3 @@ def test_ranks_have_the_same_data_in_disjoint_shards_anew_each_epoch(
     others = [(folder / f"validation of rank {r}").read_text().split() for r in (0, 1)]
     assert sorted(map(int, others[0][::2] + others[1][::2])) == sorted([*range(41)] * 2)
     assert set(others[0][1::2] + others[1][1::2]).isdisjoint(read[0][1::2])
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_another_model_and_dataset(finish, define, name):
-    """A CNN with BatchNorm, random augmentation, and workers."""
-    flags = define({"MyModel": "BatchNormCNN", "MyDataset": "TorchAugmented"})
-    flags += " --dataset_length 1000 --batch_size 32 --epochs 3 --num_workers 1"
-    run = finish(SCRIPTS[name], flags)
-    assert run.stderr == "" and "WARNING" not in run.stdout
-    if name == "ddp":
-        losses = [row[0] for row in side_by_side(run.stdout)]
-        says = " ".join(run.stdout.split())
-        assert "DDP is right" in says and "Samples of a batch affect each other" in says
-    else:
-        losses = [loss for loss, _ in epoch_lines(run.stdout)]
-        assert validation_lines(run.stdout)[-1][1] > 95
-    assert losses[-1] < losses[0] / 2, run.stdout
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_one_file_alone_runs_in_an_empty_folder(finish, folder, name):
-    for path in folder.iterdir():
-        if path.name != SCRIPTS[name][-1]:
-            path.unlink()
-    finish(SCRIPTS[name], "--epochs 1 --dataset_length 500")

@@ -1,11 +1,10 @@
 """The comparison of ddp.py: is DDP right, and where does a step's time go?"""
 
-import json
 import random
 
 import pytest
 import torch
-from conftest import SCRIPTS, side_by_side
+from conftest import SCRIPTS
 from models import CNN_JOB, JOBS, PAIR_JOB, PARTLY, TEXT_JOB
 
 AUGMENTED = {"MyDataset": "TorchAugmented"}
@@ -80,7 +79,6 @@ FLAGS = {
     1: ["--batch_size 5"],
     2: ["", "--precision float16 --dataset_length 61 --batch_size 5"],
     3: ["--precision bfloat16 --dataset_length 61 --batch_size 5 --grad_accum_steps 3"],
-    4: ["--dataset_length 61 --batch_size 5 --grad_accum_steps 2"],
 }
 EXAMPLES = 10  # random sizes, for each number of processes
 TIMED = {"toy": {}, "slow data": {"MyDataset": "SlowSamples"}}
@@ -114,6 +112,7 @@ for name, job in {**WRONG, **UNKNOWN}.items():
 CASES[2]["drift"] = {"run": "check", **CNN_JOB, "compute_loss": "second_optimizer"}
 CASES[2]["experts"] = {"run": "compare", "flags": "--epochs 3", **EXPERTS}
 CASES[2]["schedule"] = {"run": "compare", "make_scheduler": "one_cycle"}
+CASES[2]["schedule"]["make_optimizer"] = "groups"  # it gets the plain model
 for name, job in TIMED.items():
     flags = "--dataset_length 300 --batch_size 30 --epochs 2"
     CASES[2][f"timed: {name}"] = {"run": "compare", "flags": flags, **job}
@@ -166,6 +165,7 @@ def test_what_cannot_be_repeated_is_not_called_wrong(results, world_size, name):
     assert result["same_gradients"] is None, result
     assert "Cannot tell if DDP is right" in result["says"], result
     assert result["result"] is True
+    assert (result["ddp"]["loss"] is None) == (name == "NaN")  # no NaN in JSON
 
 
 def test_weights_that_drift_apart_are_wrong(results):
@@ -212,17 +212,7 @@ def test_figures_of_one_screen_agree(results):
         assert result[f"{way}_seconds"] > result[way]["seconds"]
 
 
-def test_nan_is_null_in_the_json_and_no_failure(finish, folder, define):
-    flags = define({"MyModel": "NaNModel"})
-    run = finish(
-        SCRIPTS["ddp"], f"{flags} --epochs 2 --dataset_length 300 --json a.json"
-    )
-    assert "Cannot tell" in " ".join(run.stdout.split())
-    figures = json.loads((folder / "a.json").read_text())
-    assert figures["ddp"]["loss"] is None and figures["same_gradients"] is None
-    assert len(side_by_side(run.stdout)) == 2
-
-
+@pytest.mark.slow
 def test_sync_batchnorm_is_refused(finish, define):
     """On a CPU, by DDP itself."""
     flags = define({"MyModel": "SyncBatchNormCNN", "MyDataset": "Images"})

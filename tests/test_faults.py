@@ -1,7 +1,6 @@
 """Ranks that die or hang, Ctrl-C, parents that are killed, and an end in good order."""
 
 import os
-import re
 import signal
 import socket
 import sys
@@ -22,7 +21,7 @@ def training(start):
     def training(name, flags=""):
         run = start(SCRIPTS[name], f"{LONG} {flags}")
         lines = {"ddp": side_by_side, "torchrun": epoch_lines}[name]
-        run.wait_until(lambda: len(lines(run.stdout)) >= 6)
+        run.wait_until(lambda: len(lines(run.stdout)) >= 2)
         return run
 
     return training
@@ -67,7 +66,6 @@ def test_ctrl_c_ends_torchrun(training):
 @pytest.mark.parametrize(
     "name, how",
     [
-        ("ddp", signal.SIGTERM),
         ("ddp", signal.SIGKILL),
         ("torchrun", signal.SIGKILL),
     ],
@@ -79,37 +77,38 @@ def test_a_killed_parent_leaves_no_process(training, name, how):
     assert run.all_gone(), f"left behind: {run.processes()}"
 
 
-@both
-def test_a_stuck_rank_ends_the_run(training, name):
-    run = training(name, "--timeout 5")
-    stuck = run.ranks()[1]
-    stuck.suspend()
-    run.wait_until(lambda: len(run.ranks()) < 2)
-    stuck.send_signal(signal.SIGCONT)  # or torchrun waits 30 seconds to kill it
-    assert run.wait(60) == 1 and run.all_gone()
-    assert "Timed out" in run.stderr or "timed out" in run.stderr
+def test_a_stuck_rank_ends_the_run(training):
+    runs = [training(name, "--timeout 5") for name in SCRIPTS]
+    stuck_ranks = [run.ranks()[1] for run in runs]
+    for stuck in stuck_ranks:
+        stuck.suspend()
+    for run, stuck in zip(runs, stuck_ranks):
+        run.wait_until(lambda run=run: len(run.ranks()) < 2)
+        stuck.send_signal(signal.SIGCONT)  # or torchrun waits 30 seconds to kill it
+    for run in runs:
+        assert run.wait(60) == 1 and run.all_gone()
+        assert "Timed out" in run.stderr or "timed out" in run.stderr
 
 
 def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, define):
     """The other ranks wait at the store, which has no part in --timeout."""
-    flags = "--timeout 2 --epochs 1 --dataset_length 5500 --batch_size 100 "
+    flags = "--timeout 2 --epochs 1 --dataset_length 3000 --batch_size 100 "
     flags += define({"MyDataset": "SlowSamples"})
     run = finish(SCRIPTS["ddp"], flags)
-    progress = r"^  batch \d+/\d+  loss of rank 0 [\d.]+  [\d,.]+ samples/s$"
-    assert re.search(progress, run.stdout, re.MULTILINE)  # after five seconds
     # Two processes sleep half as long each: faster, however busy the machine.
     assert side_by_side(run.stdout)[0][-1] > 1.3
 
 
-def test_restarts_with_torchruns_own_store_are_refused(finish):
+def test_restarts_with_torchruns_own_store_are_refused(start):
     """Its store survives a restart, with addresses of dead ranks."""
     static = ["--nproc_per_node=2", "--node_rank=0", "--master_addr=127.0.0.1"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         static.append(f"--master_port={server.getsockname()[1]}")
     shares = torch.__version__ >= "2.5"  # before, only the static launch
-    for launch in [["--standalone", "--nproc_per_node=2"]] * shares + [static]:
-        command = [*TORCHRUN, *launch, "--max_restarts=1", "torchrun_ddp.py"]
-        run = finish(command, code=1)
+    launches = [["--standalone", "--nproc_per_node=2"]] * shares + [static]
+    last = ["--max_restarts=1", "torchrun_ddp.py"]
+    for run in [start([*TORCHRUN, *launch, *last]) for launch in launches]:
+        assert run.wait() == 1 and run.all_gone()
         assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in run.stderr
         assert "epoch" not in run.stdout
 
@@ -117,7 +116,7 @@ def test_restarts_with_torchruns_own_store_are_refused(finish):
 def test_a_restart_with_a_store_of_its_own(start, folder, define):
     """It is not counted in vain: one restart is enough."""
     launch = "--standalone --nproc_per_node=2 --max_restarts=1 torchrun_ddp.py"
-    flags = "--epochs 60 --dataset_length 6000 --snapshot_path snapshot.pt --timeout 20"
+    flags = "--epochs 30 --dataset_length 6000 --snapshot_path snapshot.pt --timeout 20"
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run = start([*TORCHRUN, *launch.split()], flags, own_store)
     run.wait_for("epoch 3/")
@@ -126,13 +125,8 @@ def test_a_restart_with_a_store_of_its_own(start, folder, define):
     assert ", resuming" in run.stdout
 
 
-def test_two_runs_at_the_same_moment(start):
-    runs = [start(SCRIPTS["ddp"], "--epochs 1") for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
-
-
 @both
-def test_clean_exits(request, finish, folder, define, name):
+def test_clean_exits(request, start, finish, folder, define, name):
     """No thread of Gloo is left at the end: it is what aborts a process now and then.
 
     Not even if something refers to the DDP model until the garbage is collected.
@@ -153,12 +147,13 @@ atexit.register(record)
         (folder / "sitecustomize.py").write_text(record)
     env = {"PYTHONPATH": str(folder)}
     cyclic = define({}, "from models import CyclicDDP as wrap")
-    times = request.config.getoption("--clean-exits")
-    for flags in [cyclic] + [""] * times:
-        run = finish(
-            SCRIPTS[name], f"--epochs 1 --dataset_length 1000 {flags}", env=env
-        )
-        assert run.stderr == "" or "master_addr is" in run.stderr
+    command = SCRIPTS[name], f"--epochs 1 --dataset_length 1000 {cyclic}", env
+    runs = [start(*command) for _ in range(2)]  # at once: each finds a free port
+    for run in runs:
+        assert run.wait() == 0 and run.all_gone(), run.stderr
+    for _ in range(request.config.getoption("--clean-exits")):
+        runs.append(finish(SCRIPTS[name], "--epochs 1 --dataset_length 1000", env=env))
+    assert all(run.stderr == "" or "master_addr is" in run.stderr for run in runs)
     files = list(folder.glob("threads of *"))
     assert len(files) >= 2 or sys.platform != "linux"
     assert all("gloo" not in file.read_text() for file in files)

@@ -7,8 +7,8 @@ import psutil
 import pytest
 from conftest import SCRIPTS, STANDALONE, assert_same_end, load
 
-# About three seconds of training, after about three seconds of starting.
-LONG = "--dataset_length 3000 --batch_size 16 --epochs 20"
+# About two seconds of training, after about three seconds of starting.
+LONG = "--dataset_length 3000 --batch_size 16 --epochs 12"
 SAVE = "--snapshot_path snapshot.pt"
 RESTARTS = [*STANDALONE, "--max_restarts=3", "torchrun_ddp.py"]
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -36,7 +36,7 @@ def test_random_kills(request, start, finish, folder, reference):
             f" --snapshot_path {path} --save_every {choose.randint(1, 9)} --timeout 9"
         )
         run = start(RESTARTS, flags, OWN_STORE)
-        moment = choose.uniform(0, 8)
+        moment = choose.uniform(0, 7)
         time.sleep(moment)
         what = f"kill {number}: {victims} after {moment:.2f} seconds, {flags}"
         ranks = run.ranks()
@@ -62,7 +62,7 @@ def test_random_kills(request, start, finish, folder, reference):
         print(what)
 
 
-def test_a_kill_in_mid_save(start, finish, folder, define, reference):
+def test_a_kill_in_mid_save(start, folder, define):
     slow = "import os, time\nsync = os.fsync\n"
     slow += "os.fsync = lambda fd: (sync(fd), time.sleep(0.2))\n"
     slow += "from torchrun_ddp import MyModel"
@@ -73,8 +73,6 @@ def test_a_kill_in_mid_save(start, finish, folder, define, reference):
         process.kill()
     run.wait()
     assert load(path)["epoch"] >= 1
-    finish(SCRIPTS["torchrun"], f"{LONG} {SAVE}")
-    assert_same_end(path, reference(LONG))
 
 
 def test_sigterm_to_torchrun(start, finish, folder, reference):
@@ -87,22 +85,17 @@ def test_sigterm_to_torchrun(start, finish, folder, reference):
     assert run.wait(30) != 0 and run.all_gone()
     finish(RESTARTS, flags, env=OWN_STORE)
     assert_same_end(path, reference(LONG))
-    done = finish(RESTARTS, flags, env=OWN_STORE)
-    assert "20 epochs and 0 samples done" in done.stdout
-    assert "epoch 20/20" not in done.stdout
 
 
 def test_the_world_size_may_change(start, finish, folder):
-    """From 2 to 1 to 3 inside an epoch. test_parts.py counts the samples."""
+    """From 2 to 3 inside an epoch. test_parts.py counts the samples."""
     path = folder / "snapshot.pt"
     flags = f"--dataset_length 3000 --batch_size 4 --epochs 3 --save_every 7 {SAVE}"
-    for ranks in (2, 1):
-        command = [*STANDALONE, f"--nproc_per_node={ranks}", "torchrun_ddp.py"]
-        run = start(command, flags)
-        wait_for_mid_epoch(run, path)
-        time.sleep(0.3)
-        run.kill_all()
-        stopped = load(path)
+    run = start(SCRIPTS["torchrun"], flags)
+    wait_for_mid_epoch(run, path)
+    time.sleep(0.3)
+    run.kill_all()
+    stopped = load(path)
     run = finish([*STANDALONE, "--nproc_per_node=3", "torchrun_ddp.py"], flags)
     where = f"{stopped['epoch']} epochs and {stopped['samples']} samples done, resuming"
     assert where in run.stdout
@@ -139,6 +132,7 @@ def test_all_that_a_step_needs_is_resumed(start, finish, folder, define):
     run = finish(SCRIPTS["torchrun"], f"{flags} snapshot.pt --save_every 7")
     assert ", resuming" in run.stdout
     whole = load(folder / "whole.pt")
+    assert len(whole["optimizer"]["param_groups"]) == 2
     assert 1 <= whole["scaler"]["scale"] < 2**15
     assert 0 < stopped["scheduler"]["last_epoch"] < whole["scheduler"]["last_epoch"]
     assert whole["scheduler"]["last_epoch"] == 7 * 93  # steps

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 
 import models
 import pytest
@@ -83,6 +84,7 @@ for name, job in {**QUICK, **SLOW}.items():
 for name, job in TRAINED.items():
     flags = "--dataset_length 400 --epochs 3 --learning_rate 0.01"
     CASES[2][name] = {"run": "train", "flags": flags, **job}
+CASES[2]["progress"] = {"run": "progress", "flags": "--dataset_length 160"}
 HALF = {"run": "train", **CNN_JOB}
 HALF["flags"] = "--dataset_length 400 --epochs 4 --precision float16"
 CASES[2]["float16 learns"] = HALF
@@ -132,6 +134,13 @@ def test_eight_ways_to_one_global_batch(results):
 @pytest.mark.parametrize("name", ["NaN samples", "NaN tokens"])
 def test_what_diverges_is_nan(results, name):
     assert "loss nan" in results[2][name][0]
+
+
+def test_progress_is_printed(results):
+    """After each five seconds, but not at each step: here, after every second one."""
+    line = r"  batch (\d+)/10  loss of rank 0 [\d.]+  [\d,.]+ samples/s"
+    found = [re.fullmatch(line, printed) for printed in results[2]["progress"]]
+    assert [match[1] for match in found if match] == ["2", "4", "6", "8", "10"]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -54,7 +54,7 @@ def launch(hosts, folder):
         # each, where host names resolve; in these namespaces they do not.
         command += f" --rdzv_backend=c10d --rdzv_endpoint={ADDRESSES[0]}:29500"
         command += f" --rdzv_id=1 --local_addr={ADDRESSES[number]} --rdzv_conf="
-        command += f"is_host={1 - number},read_timeout=15,last_call_timeout=3"
+        command += f"is_host={1 - number},read_timeout=15,last_call_timeout=3,keep_alive_interval=1"
         command += f" torchrun_ddp.py {flags} --snapshot_path ../snapshot.pt"
         enter = ["ip", "netns", "exec", hosts[number]]
         env = {
