@@ -252,6 +252,7 @@ def train_epoch(model, loader, training, args, device, after_step=None):
         counts = [as_number(count_items(batch)) for batch in step_batches]
         train_step(model, step_batches, counts, training, metrics, args, device)
         batches_done += len(step_batches)
+        del step_batches  # before the next ones are read: faster, if they are large
         samples = batches_done * args.batch_size * world_size
         if after_step and rank == 0 and batches_done < num_batches:
             after_step(batches_done)
