@@ -161,10 +161,7 @@ def main():
         how = f"{device.type}, backend {args.backend}, {args.precision}"
         print(f"{platform.node()}: {here} on {how}")
     train(args, device)
-    # DDP 9: leave. First collect the DDP model, which is in a reference cycle: it holds
-    # the process group, and Gloo can abort at exit (pytorch/pytorch issue 190489).
-    gc.collect()
-    dist.destroy_process_group()
+    leave_group()  # DDP 9: leave
 
 
 Training = namedtuple("Training", "optimizer scheduler scaler")
@@ -417,10 +414,17 @@ def check_same(value, warning=""):
     return same
 
 
+def leave_group():
+    """Leave the process group, in such a way that Gloo does not abort or hang."""
+    gc.collect()  # the DDP model, in a reference cycle, holds it: pytorch issue 190489
+    time.sleep(0.1)  # a thread of Gloo may be freeing the last message
+    dist.destroy_process_group()
+
+
 def stop(reason):
     """Say why, leave the group, and end. All ranks have to call this."""
     print(reason, file=sys.stderr, flush=True)
-    dist.destroy_process_group()
+    leave_group()
     sys.exit(1)
 
 

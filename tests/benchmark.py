@@ -12,7 +12,6 @@ batches of MyDataset (__getitems__); with the CNN, single samples.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -189,8 +188,7 @@ def start_up(command, launched):
 def be_rank(task, file, **arguments):
     result = globals()[task](**arguments)
     if dist.is_initialized():
-        gc.collect()  # the DDP models, before the group: see DDP 9 in torchrun_ddp.py
-        dist.destroy_process_group()
+        torchrun_ddp.leave_group()
     if os.environ["RANK"] == "0":
         Path(file).write_text(json.dumps(result))
 

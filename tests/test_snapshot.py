@@ -1,7 +1,6 @@
 """The snapshot file: whole, damaged, of another run, on a full disk."""
 
 import argparse
-import gc
 import os
 import pickle
 import shutil
@@ -28,8 +27,7 @@ def args(tmp_path):
     path = str(tmp_path / "snapshot.pt")
     yield argparse.Namespace(snapshot_path=path, precision="float32", **FLAGS)
     if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+        torchrun_ddp.leave_group()
 
 
 def untrained(optimizer=torch.optim.Adam, float16=False, cycle=False):
