@@ -712,7 +712,9 @@ class OpenedLate(Images):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.opened_by, self.double = None, lambda image: 2 * image
+        # A lambda is not pickled, as it would have to be for other start methods.
+        forks = torch.multiprocessing.get_start_method() == "fork"
+        self.opened_by, self.double = None, (lambda x: 2 * x) if forks else abs
 
     def __getitem__(self, index):
         self.opened_by = self.opened_by or os.getpid()

@@ -63,16 +63,12 @@ def test_ctrl_c_ends_torchrun(training):
     assert run.wait(60) != 0 and run.all_gone()
 
 
-@pytest.mark.parametrize(
-    "name, how",
-    [
-        ("ddp", signal.SIGKILL),
-        ("torchrun", signal.SIGKILL),
-    ],
-)
-def test_a_killed_parent_leaves_no_process(training, name, how):
-    run = training(name, "--num_workers 1" if how == signal.SIGKILL else "")
-    run.process.send_signal(how)
+@both
+def test_a_killed_parent_leaves_no_process(training, name):
+    """Not even workers, if they are forked: others watch the forkserver, not the rank."""
+    forks = torch.multiprocessing.get_start_method() == "fork"
+    run = training(name, "--num_workers 1" if forks else "")
+    run.process.kill()
     run.wait(30)
     assert run.all_gone(), f"left behind: {run.processes()}"
 
