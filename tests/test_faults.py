@@ -121,6 +121,7 @@ def test_a_restart_with_a_store_of_its_own(start, folder, define):
     assert ", resuming" in run.stdout
 
 
+@pytest.mark.timeout(0)
 @both
 def test_clean_exits(request, start, finish, folder, define, name):
     """No thread of Gloo is left at the end: it is what aborts a process now and then.
