@@ -10,10 +10,10 @@ one device (without GPUs, with its share of the cores): for a step, it takes the
 of all processes, one after the other, and adds up their gradients. And all train the
 same steps with DDP, each with its own batches. The first process holds both models.
 
-To check your own model, add --definitions FILE: a Python file with those of the ten
-definitions below, MyDataset to wrap, that you want to replace. Or replace them here. No
-other line makes a dataset or a model, or knows what is in a batch. torchrun_ddp.py
-shares most functions with this script, and takes the same file, to train for good.
+To check your own model, write a Python file and add --definitions FILE. What it defines
+of the ten definitions below, from MyDataset down to the function `wrap`, replaces the
+one here. Or edit them here. No other line makes a dataset or a model, or knows what is
+in a batch. torchrun_ddp.py takes the same file, to train for good.
 
 Together, the processes are a process group. Each has a number, its rank; the world
 size is how many there are. A collective is a call by which ranks exchange data, such as
@@ -51,7 +51,7 @@ from itertools import chain, cycle, islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a process group exists, or this would keep it
+import torch.distributed.nn  # not used; imported later, it would hold the group
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -116,11 +116,12 @@ def compute_loss(model, batch):
 def count_items(batch):
     """Return the number of items (samples, tokens) that compute_loss averages over.
 
-    An int means: the same on all ranks, as in the full batches of training. Nothing is
-    exchanged then. If ranks can differ, as with tokens, return a tensor and never its
-    .item(), such as (labels != -100).sum(): in each step, the ranks then add up theirs.
-    `batch` is still in CPU memory. A batch without items gets weight 0: its loss may be
-    NaN, but the gradient has to be finite, as cross_entropy's is.
+    Samples: return an int. In training, all ranks have the same number, as all batches
+    are full, so nothing is exchanged. Tokens, or whatever ranks can have different
+    numbers of: return a tensor, such as (labels != -100).sum(), and never its .item().
+    In each step, the ranks then add up theirs. `batch` is still in CPU memory. A batch
+    without items gets weight 0: its loss may be NaN, but its gradient has to be finite,
+    as cross_entropy's is.
     """
     _, labels = batch
     return len(labels)
@@ -145,7 +146,8 @@ def make_scheduler(optimizer, steps, args):
 
 
 def wrap(model):
-    """Return the model with DDP around it. Add options of DDP here."""
+    """Return the model with DDP around it: here is the place for DDP's options."""
+    # Gradients are then kept once, where DDP averages them, and not copied there.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -184,14 +186,15 @@ def worker(rank, args, host, port):
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
-    # Before Python 3.12, a worker's fork can hang while Gloo's thread frees a message.
+    # Before Python 3.12, the fork of a DataLoader worker can hang while a thread of Gloo
+    # frees a message: let that end first.
     if sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
     mp.set_start_method(None, force=True)  # for DataLoaders: mp.spawn has set "spawn"
     # torchrun sets these, too: your definitions may read them.
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.world_size}
-    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(args.world_size)
     torch.set_num_threads(max(1, args.cores // args.world_size))
     # DDP 2: own a device, then join the others. They meet in the parent's store.
     device = choose_device(rank)
@@ -199,8 +202,8 @@ def worker(rank, args, host, port):
         use_definitions(args.definitions)
     timeout = timedelta(seconds=args.timeout)
     store = dist.TCPStore(host, port, timeout=timeout)
-    options = {"store": store, "rank": rank, "world_size": args.world_size}
-    dist.init_process_group(args.backend, timeout=timeout, **options)
+    numbers = {"rank": rank, "world_size": args.world_size}
+    dist.init_process_group(args.backend, store=store, timeout=timeout, **numbers)
     dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here, or fails
     try:
         is_right = compare(args, device, store)
@@ -212,13 +215,13 @@ def worker(rank, args, host, port):
     sys.exit(0 if is_right else 1)
 
 
-Way = namedtuple("Way", "model loader training args")  # to train: normal, or with DDP
+Way = namedtuple("Way", "model loader training args")  # normal training's, or DDP's
 Training = namedtuple("Training", "optimizer scheduler scaler")
 EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
 
 
 def compare(args, device, store):
-    """Check DDP, then train both ways. Return whether this rank finds DDP right."""
+    """Check DDP, then train both ways. Return False if this rank finds DDP wrong."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
     # when it wraps the model, sends rank 0's weights to all ranks.
@@ -256,7 +259,7 @@ def compare(args, device, store):
     for epoch in range(args.epochs):
         for sampler in samplers:
             sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs are alike
-        # Normal goes first in even epochs, DDP in odd ones, to be fair to both.
+        # They take turns in going first, to be fair to both.
         for name in ["normal", "ddp"] if epoch % 2 == 0 else ["ddp", "normal"]:
             # For dropout and augmentation: different on each rank, and in each epoch.
             seed_everything(args.seed + epoch * world_size + rank)
@@ -326,7 +329,7 @@ def train_epoch(model, loader, training, args, device, after_step=None):
 
 
 def as_number(count):
-    """Return an int, which all ranks have, as it is; a tensor as a float."""
+    """Return an int as it is, and a tensor as a float. (See count_items.)"""
     return count if isinstance(count, int) else float(count)
 
 
@@ -351,11 +354,12 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
     each loss, as that of a GradScaler.
     """
     is_ddp = hasattr(model, "no_sync")
-    world_size = dist.get_world_size() if is_ddp else 1
-    global_items = sum(counts) * world_size  # of this step, on all ranks
-    if is_ddp and not isinstance(counts[0], int):  # the ranks have unequal numbers
-        global_items = torch.full((), sum(counts), dtype=torch.float32, device=device)
-        dist.all_reduce(global_items)
+    # DDP averages over the ranks: so divide by the items that a rank has on average.
+    mean_items = sum(counts)
+    if is_ddp and not isinstance(counts[0], int):  # the ranks can have unequal numbers
+        mean_items = torch.full((), mean_items, dtype=torch.float32, device=device)
+        dist.all_reduce(mean_items)
+        mean_items /= dist.get_world_size()
     for index, (batch, count) in enumerate(zip(batches, counts)):
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass, too, it
@@ -364,9 +368,8 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
         with model.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast(args, device):
                 loss, correct = compute_loss(model, to_device(batch, device))
-            # loss * count is the batch's sum; divided by global_items, its share in the
-            # mean over all items. DDP divides by world_size, so multiply by it first.
-            weight = count * world_size / global_items if count else 0.0
+            # Each item then has the same weight in a step, on whichever rank it is.
+            weight = count / mean_items if count else 0.0
             scale(loss * weight).backward()
         metrics.add(loss, correct, count)
 
@@ -413,10 +416,12 @@ def check(ways, dataset, device, store):
     """
     args = ways["ddp"].args
 
-    def take(name, order=1):
-        model, loader, _, args = ways[name]
-        indices = list(islice(loader.batch_sampler, args.grad_accum_steps))[::order]
-        return take_gradients(model.train(), dataset, indices, args, device)
+    def take(name, backwards=False):
+        way = ways[name]
+        indices = list(islice(way.loader.batch_sampler, way.args.grad_accum_steps))
+        if backwards:
+            indices.reverse()
+        return take_gradients(way.model.train(), dataset, indices, way.args, device)
 
     if dist.get_rank() == 0:
         expected = take("normal")
@@ -436,7 +441,7 @@ def check(ways, dataset, device, store):
         # A gradient that should be 0, as of a bias before BatchNorm, is only rounding
         # noise. Measure noise: normal training, with its batches in reverse. Forgive
         # gaps up to 10 times that. If it is too large, or NaN, one cannot tell: None.
-        noise = compare_gradients(expected, take("normal", order=-1))[0].max()
+        noise = compare_gradients(expected, take("normal", backwards=True))[0].max()
         whole = lengths.norm()
         gaps = (gaps - torch.maximum(10 * noise, 1e-7 * whole)).clamp(min=0)
         difference = (gaps / lengths).max().item()
@@ -497,21 +502,24 @@ def take_gradients(model, dataset, batch_indices, args, device, seed=0):
 
     first = {name: value.detach().clone() for name, value in untrained().items()}
 
-    def reset(batch=None):
+    def reset():
         seed_everything(seed)
         for name, value in untrained().items():
             value.data = first.get(name, value).clone()
-        return batch
+
+    def reset_before_each():
+        for batch in batches:
+            reset()
+            yield batch
 
     batches = list(make_loader(Seeded(dataset, seed), batch_indices, args, device))
     counts = [as_number(count_items(batch)) for batch in batches]
-    fresh = map(reset, batches)  # resets just before each batch is taken
     # DDP's losses are world_size times as large, and then it divides the gradients. So
     # does normal training here: or float16 and bfloat16 would round differently.
     factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
     more = (lambda loss: factor * loss), Metrics(device), args, device
     try:
-        accumulate_gradients(model, fresh, counts, *more)
+        accumulate_gradients(model, reset_before_each(), counts, *more)
         trained = [p for p in model.parameters() if p.requires_grad]
         taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         return [(gradient.to_dense() / factor).cpu() for gradient in taken]
@@ -586,7 +594,7 @@ def measure_steps(ways, results, steps_per_epoch, dataset, device):
     timed = model, dataset, batch_indices, repeats[0], training, args, device
     # The smaller one, as noise could make a part negative.
     synced_ms = min(time_steps(*timed), step_ms["ddp"])
-    with model.no_sync():  # last: here, the ranks' weights drift apart
+    with model.no_sync():  # after the other, as the ranks' weights drift apart here
         compute_ms = min(time_steps(*timed), synced_ms)
     parts = {"data": step_ms["ddp"] - synced_ms, "compute": compute_ms}
     parts["sync"] = synced_ms - compute_ms
@@ -721,14 +729,14 @@ def seed_everything(seed):
 
 
 def check_data(dataset, args, device):
-    """Check that all ranks read the same training data. Else, it is silently wrong."""
+    """Check that all ranks read the same training data, as far as eight samples show."""
     length = len(dataset)
     if not check_same(length):
         stop(f"{length} samples, but not on all ranks. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
-    # numbers. Compare their text, without the addresses of objects in it.
+    # numbers: the text that Python prints of them, without addresses of objects.
     seed_everything(args.seed)
     indices = [number * (length - 1) // 7 for number in range(8)]
     samples = next(iter(make_loader(dataset, [indices], args, device)))
@@ -811,7 +819,7 @@ def parse_flags(parser):
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds that a rank waits for others"),
+        ("--timeout", 600.0, 1, "seconds that a rank waits for others, or a worker"),
     ]
     add, gpus = parser.add_argument, torch.cuda.is_available()
     for flag, default, _, help in numbers:

@@ -8,10 +8,10 @@ each, run this on both; 10.0.0.1 is one of them:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \
         --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=1 torchrun_ddp.py
 
-To train your own model, add --definitions FILE: a Python file with those of the ten
-definitions below, MyDataset to wrap, that you want to replace. Or replace them here. No
-other line makes a dataset or a model, or knows what is in a batch. ddp.py, which shares
-most functions with this script, takes the same file: it checks what DDP does with it.
+To train your own model, write a Python file and add --definitions FILE. What it defines
+of the ten definitions below, from MyDataset down to the function `wrap`, replaces the
+one here. Or edit them here. No other line makes a dataset or a model, or knows what is
+in a batch. ddp.py takes the same file, and shows what DDP does with your model.
 
 Together, the processes are a process group. Each has a number, its rank; the world
 size is how many there are. A collective is a call by which ranks exchange data, such as
@@ -42,7 +42,7 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a process group exists, or this would keep it
+import torch.distributed.nn  # not used; imported later, it would hold the group
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -106,11 +106,12 @@ def compute_loss(model, batch):
 def count_items(batch):
     """Return the number of items (samples, tokens) that compute_loss averages over.
 
-    An int means: the same on all ranks, as in the full batches of training. Nothing is
-    exchanged then. If ranks can differ, as with tokens, return a tensor and never its
-    .item(), such as (labels != -100).sum(): in each step, the ranks then add up theirs.
-    `batch` is still in CPU memory. A batch without items gets weight 0: its loss may be
-    NaN, but the gradient has to be finite, as cross_entropy's is.
+    Samples: return an int. In training, all ranks have the same number, as all batches
+    are full, so nothing is exchanged. Tokens, or whatever ranks can have different
+    numbers of: return a tensor, such as (labels != -100).sum(), and never its .item().
+    In each step, the ranks then add up theirs. `batch` is still in CPU memory. A batch
+    without items gets weight 0: its loss may be NaN, but its gradient has to be finite,
+    as cross_entropy's is.
     """
     _, labels = batch
     return len(labels)
@@ -135,7 +136,8 @@ def make_scheduler(optimizer, steps, args):
 
 
 def wrap(model):
-    """Return the model with DDP around it. Add options of DDP here."""
+    """Return the model with DDP around it: here is the place for DDP's options."""
+    # Gradients are then kept once, where DDP averages them, and not copied there.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -146,7 +148,8 @@ def main():
     args = parse_args()
     if sys.platform == "linux":  # if torchrun is killed, the kernel kills this process
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    # Before Python 3.12, a worker's fork can hang while Gloo's thread frees a message.
+    # Before Python 3.12, the fork of a DataLoader worker can hang while a thread of Gloo
+    # frees a message: let that end first.
     if sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
@@ -179,6 +182,8 @@ def train(args, device):
     check_data(dataset, args, device)
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
     # equally many batches, all full: a few samples are left out, not always the same.
+    # A step takes world_size * batch_size * grad_accum_steps samples, the global batch:
+    # choose the learning rate for that.
     sampler = DistributedSampler(dataset, seed=args.seed, drop_last=True)
     batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
     whole_loader = make_loader(dataset, batch_sampler, args, device)
@@ -193,9 +198,10 @@ def train(args, device):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
     training = Training(optimizer, scheduler, scaler)
     epochs_done, samples_done = load_snapshot(args, model, training)
-    # Batches that each rank skips. All ranks take turns in one order of the samples.
+    # Batches that each rank skips. The ranks take samples in turn, from one order: so
+    # this is right with another number of ranks, too.
     skip = samples_done // (args.batch_size * world_size)
-    if skip == len(whole_loader):  # with more ranks now, too few samples are left
+    if skip == len(whole_loader):  # too few samples are left for so many ranks
         epochs_done, skip = epochs_done + 1, 0
     ddp_model = wrap(model)  # shares its weights with `model`
 
@@ -266,7 +272,7 @@ def train_epoch(model, loader, training, args, device, after_step=None):
 
 
 def as_number(count):
-    """Return an int, which all ranks have, as it is; a tensor as a float."""
+    """Return an int as it is, and a tensor as a float. (See count_items.)"""
     return count if isinstance(count, int) else float(count)
 
 
@@ -291,11 +297,12 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
     each loss, as that of a GradScaler.
     """
     is_ddp = hasattr(model, "no_sync")
-    world_size = dist.get_world_size() if is_ddp else 1
-    global_items = sum(counts) * world_size  # of this step, on all ranks
-    if is_ddp and not isinstance(counts[0], int):  # the ranks have unequal numbers
-        global_items = torch.full((), sum(counts), dtype=torch.float32, device=device)
-        dist.all_reduce(global_items)
+    # DDP averages over the ranks: so divide by the items that a rank has on average.
+    mean_items = sum(counts)
+    if is_ddp and not isinstance(counts[0], int):  # the ranks can have unequal numbers
+        mean_items = torch.full((), mean_items, dtype=torch.float32, device=device)
+        dist.all_reduce(mean_items)
+        mean_items /= dist.get_world_size()
     for index, (batch, count) in enumerate(zip(batches, counts)):
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass, too, it
@@ -304,9 +311,8 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
         with model.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast(args, device):
                 loss, correct = compute_loss(model, to_device(batch, device))
-            # loss * count is the batch's sum; divided by global_items, its share in the
-            # mean over all items. DDP divides by world_size, so multiply by it first.
-            weight = count * world_size / global_items if count else 0.0
+            # Each item then has the same weight in a step, on whichever rank it is.
+            weight = count / mean_items if count else 0.0
             scale(loss * weight).backward()
         metrics.add(loss, correct, count)
 
@@ -389,14 +395,14 @@ def seed_everything(seed):
 
 
 def check_data(dataset, args, device):
-    """Check that all ranks read the same training data. Else, it is silently wrong."""
+    """Check that all ranks read the same training data, as far as eight samples show."""
     length = len(dataset)
     if not check_same(length):
         stop(f"{length} samples, but not on all ranks. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
-    # numbers. Compare their text, without the addresses of objects in it.
+    # numbers: the text that Python prints of them, without addresses of objects.
     seed_everything(args.seed)
     indices = [number * (length - 1) // 7 for number in range(8)]
     samples = next(iter(make_loader(dataset, [indices], args, device)))
@@ -452,9 +458,7 @@ def load_snapshot(args, model, training):
             # weights_only: a snapshot is data and must not run code.
             snapshot = torch.load(path, map_location="cpu", weights_only=True)
             settings, old = fixed_settings(args, training), snapshot["settings"]
-            changed = [
-                f"--{name} {old[name]}" for name in old if old[name] != settings[name]
-            ]
+            changed = [f"--{k} {v}" for k, v in old.items() if settings[k] != v]
             if changed:
                 raise ValueError(f"it was made with {', '.join(changed)}")
             model.load_state_dict(snapshot["model"])
@@ -493,7 +497,7 @@ def save_snapshot(args, model, training, epoch, samples):
         torch.save(snapshot, file)
         file.flush()
         os.fsync(file.fileno())
-    torch.load(file.name, mmap=True, weights_only=True)  # fail now if it cannot
+    torch.load(file.name, mmap=True, weights_only=True)  # fail now, not when resuming
     os.replace(file.name, args.snapshot_path)
 
 
@@ -535,7 +539,7 @@ def parse_flags(parser):
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds that a rank waits for others"),
+        ("--timeout", 600.0, 1, "seconds that a rank waits for others, or a worker"),
     ]
     add, gpus = parser.add_argument, torch.cuda.is_available()
     for flag, default, _, help in numbers:
@@ -575,7 +579,7 @@ def parse_args():
     too_few = int(env["LOCAL_RANK"]) >= torch.cuda.device_count()
     if args.backend == "nccl" and too_few and "NCCL_MULTI_RANK_GPU_ENABLE" not in env:
         parser.error("fewer GPUs than processes: --backend gloo lets them share")
-    # In torchrun's own store of addresses, restarted ranks would find dead ones.
+    # In torchrun's own store, restarted ranks would find the addresses of dead ranks.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"

@@ -1,10 +1,12 @@
 """Run parts of the scripts in real processes, many cases in one start.
 
-    python cases.py WORLD_SIZE JSON
+    python cases.py WORLD_SIZE FILE
 
-A case is a dict: "run" names one of the functions below; "flags" are the scripts'; all
-else names what of models.py takes the place of a part: {"run": "check", "MyModel": "CNN"}.
-Rank 0 prints a line of JSON for each case: what the function returned.
+FILE has a list of cases, in JSON. A case is a dict: "run" names one of the functions
+below; "flags" are the scripts'; "args" are more arguments; all else names what of
+models.py takes the place of a part: {"run": "check", "MyModel": "CNN"}. Rank 0 prints a
+line of JSON for each case: what the function returned. All cases share a folder, so one
+can go on with what another has saved.
 """
 
 import collections
@@ -12,8 +14,10 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -40,7 +44,7 @@ def store():
 def compare(args):
     """Return the figures of a whole comparison, what it printed, and its result."""
     args.json = str(Path(tempfile.gettempdir(), f"{dist.get_rank()} {STORE[0].port}"))
-    with contextlib.redirect_stdout(io.StringIO()) as says:
+    with printed() as says:
         result = ddp.compare(args, CPU, store())
     if dist.get_rank() > 0:
         return None
@@ -72,10 +76,50 @@ def weights(args):
 
 
 def train(args):
-    """Return the lines that torchrun_ddp.py prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as says:
+    """Return the lines that torchrun_ddp.py prints, also if it refuses to train."""
+    stays = replaced(leave_group=lambda: None)
+    with printed() as says, stays, contextlib.suppress(SystemExit):
         torchrun_ddp.train(args, CPU)
     return says.getvalue().splitlines()
+
+
+def interrupted(args):
+    """Return the same of a training that ends after some steps, as by a kill."""
+    train_step, steps = torchrun_ddp.train_step, itertools.count()
+
+    def step(*arguments):
+        if next(steps) == args.steps:
+            sys.exit()
+        train_step(*arguments)
+
+    with replaced(train_step=step):
+        return train(args)
+
+
+def other_snapshots(args):
+    """Return the same where each rank has a folder of its own, with another snapshot."""
+    rank = dist.get_rank()
+    args.snapshot_path = f"snapshot of rank {rank}.pt"
+    model = torchrun_ddp.make_model(args)
+    optimizer = torchrun_ddp.make_optimizer(model, args)
+    training = torchrun_ddp.Training(optimizer, None, None)
+    torchrun_ddp.save_snapshot(args, model, training, 1 + rank, 0)
+    return train(args)
+
+
+def example(args):
+    """Return what both scripts print with a file of definitions, and when one resumes."""
+    names = "MyDataset MyModel make_datasets make_model compute_loss count_items"
+    names += " collate make_optimizer make_scheduler wrap"
+    args.snapshot_path = f"{Path(args.definitions).stem}.pt"
+    with replaced(**{name: vars(ddp)[name] for name in names.split()}):
+        with printed() as says:
+            for script in (ddp, torchrun_ddp):
+                script.use_definitions(args.definitions)
+        lines = {"found": says.getvalue().splitlines(), "first": train(args)}
+        figures = compare(args)
+        args.epochs += 1
+        return {**lines, "again": train(args), "compare": figures}
 
 
 def progress(args):
@@ -108,6 +152,14 @@ def waits(args):
 
 
 @contextlib.contextmanager
+def printed():
+    """Give what is printed, on either stream, while this context lasts."""
+    says = io.StringIO()
+    with contextlib.redirect_stdout(says), contextlib.redirect_stderr(says):
+        yield says
+
+
+@contextlib.contextmanager
 def replaced(**parts):
     """Let parts of the scripts be others, while this context lasts."""
     before = {}
@@ -124,10 +176,19 @@ def replaced(**parts):
 
 def worker(rank, world_size, port, cases):
     torch.set_num_threads(1)
+    # As ddp.py's worker does it.
+    if sys.version_info < (3, 12):
+        os.register_at_fork(before=lambda: time.sleep(0.05))
+    mp.set_start_method(None, force=True)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(world_size)
     STORE.append(dist.TCPStore("127.0.0.1", port))
     group = dist.PrefixStore("group", STORE[0])
     dist.init_process_group("gloo", store=group, rank=rank, world_size=world_size)
     for case in cases:
+        if rank == 0:  # shown if it fails
+            print(case, file=sys.stderr)
+        case.pop("slow", None)
         run = globals()[case.pop("run")]
         sys.argv = ["ddp.py", *DEFAULTS.split(), *case.pop("flags", "").split()]
         args = ddp.parse_flags(ddp.argparse.ArgumentParser())
@@ -142,6 +203,6 @@ def worker(rank, world_size, port, cases):
 
 
 if __name__ == "__main__":
-    world_size, cases = int(sys.argv[1]), json.loads(sys.argv[2])
+    world_size, cases = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(worker, (world_size, server.port, cases), world_size)

@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--all"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+        if "results" in item.fixturenames:  # the first one waits for all cases
+            item.add_marker(pytest.mark.timeout(1000))
 
 
 class Run:
@@ -170,25 +172,45 @@ def finish(start):
     return finish
 
 
-@pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """Return what the cases of a test module gave: {processes: {name: result}}.
-
-    CASES, of the same form, are cases of cases.py. One start runs all of a world size.
-    """
-    results = {}
-    for world_size, cases in request.module.CASES.items():
-        folder = copy_scripts(tmp_path_factory.mktemp("cases"))
-        command = [sys.executable, "cases.py", str(world_size)]
-        run = Run([*command, json.dumps(list(cases.values()))], folder, None)
+@pytest.fixture(scope="session")
+def all_results(request, tmp_path_factory):
+    """Run the cases of all test modules; one start runs all of a world size."""
+    items = [item for item in request.session.items if "results" in item.fixturenames]
+    modules = list(dict.fromkeys(item.module for item in items))
+    folder = copy_scripts(tmp_path_factory.mktemp("cases"))
+    shutil.copytree(str(ROOT / "tests" / "examples"), str(folder / "examples"))
+    results = {module.__name__: {"folder": folder} for module in modules}
+    for world_size in (1, 2, 3):
+        cases = []
+        for module in modules:
+            results[module.__name__][world_size] = {}
+            for name, case in module.CASES.get(world_size, {}).items():
+                if not case.get("slow") or request.config.getoption("--all"):
+                    cases.append((module.__name__, name, case))
+        if not cases:
+            continue
+        (folder / "cases.json").write_text(json.dumps([case for *_, case in cases]))
+        command = [sys.executable, "cases.py", str(world_size), "cases.json"]
+        env = {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}  # of examples
+        run = Run(command, folder, env)
         try:
-            assert run.wait(300) == 0, run.stdout[-2000:] + run.stderr
+            assert run.wait(300) == 0, run.stdout[-2000:] + run.stderr[-5000:]
         finally:
             run.kill_all()
-        lines = map(json.loads, run.stdout.splitlines())
-        results[world_size] = dict(zip(cases, lines))
-        assert len(results[world_size]) == len(cases)
+        lines = run.stdout.splitlines()
+        assert len(lines) == len(cases)
+        for (module, name, _), line in zip(cases, lines):
+            results[module][world_size][name] = json.loads(line)
     return results
+
+
+@pytest.fixture
+def results(request, all_results):
+    """Return what the cases of a test module gave: {processes: {name: result}}.
+
+    Its CASES, of the same form, are cases of cases.py. They run in the "folder".
+    """
+    return all_results[request.module.__name__]
 
 
 @pytest.fixture

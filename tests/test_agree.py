@@ -1,14 +1,8 @@
 """Ranks that differ are ended, or warned of: nobody else would see it."""
 
-import argparse
-
 import pytest
 from conftest import SCRIPTS, epoch_lines
 from models import CNN_JOB, JOBS
-from test_snapshot import FLAGS as FIXED
-from test_snapshot import trained
-
-import torchrun_ddp
 
 DATA = "WARNING: the ranks read different samples. README: Different data"
 WEIGHTS = "WARNING: the ranks' weights differ. README: Different weights"
@@ -35,6 +29,9 @@ for run in ("train", "check"):
         CASES[2][f"{run}: {name}"] = {"run": run, "flags": FLAGS, **job}
     for name, job in RIGHT.items():
         CASES[2][f"{run}: {name}"] = {"run": run, "flags": FLAGS, **job}
+CASES[2]["other snapshots"] = {"run": "other_snapshots"}
+few = "--dataset_length 100 --batch_size 64"
+CASES[2]["few samples"] = {"run": "train", "flags": few}
 
 
 @pytest.mark.parametrize("run", ["train", "check"])
@@ -61,23 +58,12 @@ def test_unequal_lengths_end_all(finish, define):
     assert run.stderr.count("Traceback") == 1  # torchrun's own
 
 
-def test_other_snapshots_end_all(finish, folder, define):
+def test_other_snapshots_end_all(results):
     """Each rank has a folder of its own, as on machines that share none."""
-    code = "import os\nos.chdir(os.environ['RANK'])\nfrom torchrun_ddp import MyModel"
-    flags = define({}, code) + " --snapshot_path snapshot.pt"
-    model, training = trained()
-    args = argparse.Namespace(**FIXED)
-    for rank in range(2):
-        (folder / str(rank)).mkdir()
-        args.snapshot_path = str(folder / str(rank) / "snapshot.pt")
-        torchrun_ddp.save_snapshot(args, model, training, 1 + rank, 0)
-    same_flags = " ".join(f"--{name} {value}" for name, value in FIXED.items())
-    run = finish(SCRIPTS["torchrun"], f"{same_flags} {flags}", code=1)
-    says = "snapshot.pt is not the same on all machines: use a shared folder"
-    assert says in run.stderr and "SIGABRT" not in run.stderr
-    assert not epoch_lines(run.stdout) and "closed by peer" not in run.stderr
+    says = "snapshot of rank 0.pt is not the same on all machines: use a shared folder"
+    assert results[2]["other snapshots"] == [says]
 
 
-def test_fewer_samples_than_a_batch(finish):
-    run = finish(SCRIPTS["ddp"], "--dataset_length 100 --batch_size 64", code=1)
-    assert "100 samples are too few" in run.stderr
+def test_fewer_samples_than_a_batch(results):
+    says = "100 samples are too few: no rank would have a whole batch"
+    assert results[2]["few samples"] == [says]

@@ -15,6 +15,10 @@ from conftest import (
     validation_lines,
 )
 
+RECORDED = {"run": "train", "MyDataset": "RecordedSamples"}
+RECORDED["flags"] = "--dataset_length 410 --epochs 2 --batch_size 5"
+CASES = {2: {"recorded": RECORDED}}
+
 
 def assert_equal_columns(rows):
     """Check that normal training and DDP have the same metrics in each epoch."""
@@ -98,24 +102,22 @@ def test_the_documented_torchrun_command(finish, folder):
     assert written == {"torchrun_ddp.py", "stdout", "stderr"}
 
 
-def test_ranks_have_the_same_data_in_disjoint_shards_anew_each_epoch(
-    finish, define, folder
-):
+def test_ranks_have_the_same_data_in_disjoint_shards_anew_each_epoch(results):
     """The validation samples, too, and each of these just once."""
-    flags = define({"MyDataset": "RecordedSamples"})
-    finish(
-        SCRIPTS["torchrun"], f"{flags} --dataset_length 410 --epochs 2 --batch_size 5"
-    )
-    read = [(folder / f"samples of rank {r}").read_text().split() for r in (0, 1)]
-    assert len(set(read[0][1::2] + read[1][1::2])) == 1  # checksums
+
+    def read(use):
+        paths = [results["folder"] / f"{use} of rank {rank}" for rank in (0, 1)]
+        return [path.read_text().split() for path in paths]
+
+    samples, others = read("samples"), read("validation")
+    assert len(set(samples[0][1::2] + samples[1][1::2])) == 1  # checksums
     # The first eight are the ones that the ranks compare.
-    shards = [list(map(int, r[::2])) for r in read]
+    shards = [list(map(int, each[::2])) for each in samples]
     assert shards[0][:8] == shards[1][:8]
     epochs = [[s[8:213] for s in shards], [s[213:] for s in shards]]
     for shard, other in epochs:
         assert sorted(shard + other) == list(range(410))
     assert sorted(epochs[0][0]) != sorted(epochs[1][0])
     assert epochs[0][0] != sorted(epochs[0][0])  # shuffled
-    others = [(folder / f"validation of rank {r}").read_text().split() for r in (0, 1)]
     assert sorted(map(int, others[0][::2] + others[1][::2])) == sorted([*range(41)] * 2)
-    assert set(others[0][1::2] + others[1][1::2]).isdisjoint(read[0][1::2])
+    assert set(others[0][1::2] + others[1][1::2]).isdisjoint(samples[0][1::2])

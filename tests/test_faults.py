@@ -27,9 +27,9 @@ def training(start):
     return training
 
 
-@both
-def test_a_killed_rank_ends_the_run(training, name):
-    run = training(name)
+def test_a_killed_rank_ends_the_run(training):
+    """For torchrun, see test_restarts_with_a_store_of_their_own."""
+    run = training("ddp")
     run.ranks()[1].kill()
     assert run.wait(30) == 1 and run.all_gone()
     assert "SIGKILL" in run.stderr
@@ -109,16 +109,18 @@ def test_restarts_with_torchruns_own_store_are_refused(start):
         assert "epoch" not in run.stdout
 
 
-def test_a_restart_with_a_store_of_its_own(start, folder, define):
-    """It is not counted in vain: one restart is enough."""
+def test_restarts_with_a_store_of_their_own(start):
+    """None is counted in vain, and without any left, a killed rank ends the run."""
     launch = "--standalone --nproc_per_node=2 --max_restarts=1 torchrun_ddp.py"
-    flags = "--epochs 30 --dataset_length 6000 --snapshot_path snapshot.pt --timeout 20"
+    flags = f"{LONG} --snapshot_path snapshot.pt --timeout 20"
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run = start([*TORCHRUN, *launch.split()], flags, own_store)
-    run.wait_for("epoch 3/")
+    run.wait_until(lambda: len(epoch_lines(run.stdout)) >= 2)
     run.ranks()[1].kill()
-    assert run.wait() == 0, run.stderr
-    assert ", resuming" in run.stdout
+    run.wait_for(", resuming\nepoch ")
+    run.ranks()[1].kill()
+    assert run.wait(30) == 1 and run.all_gone()
+    assert "SIGKILL" in run.stderr
 
 
 @pytest.mark.timeout(0)

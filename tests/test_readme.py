@@ -26,11 +26,10 @@ def blocks(language):
 def block(start):
     """Return the code block with this text in it."""
     (found,) = [text for text in blocks("python") if start in text]
-    return found
+    return textwrap.dedent(found)
 
 
 def test_the_loop_before_and_after_the_diff(start, folder):
-    """And after it, with a loss that is a mean over unequal numbers of tokens."""
     (diff,) = blocks("diff")
     texts = {}
     for name, other in (("before", "+"), ("after", "-")):
@@ -40,15 +39,6 @@ def test_the_loop_before_and_after_the_diff(start, folder):
             lines[-1:] = [leave, lines[-1]]
             lines.insert(0, "import torch.distributed.nn")
         texts[name] = "\n".join(lines) + "\n"
-    (old,) = re.findall(r"\n( +)loss.backward\(\).*", texts["after"])
-    step = "count = torch.tensor(1.0 + rank)\n"
-    step += textwrap.dedent(block("total = count.clone()"))
-    step += "loss = nn.functional.cross_entropy(model(inputs), labels)\n"
-    step += "gradient = count * torch.autograd.grad(loss, model.weight)[0]\n"
-    step += "dist.all_reduce(gradient)\n"
-    step += "assert torch.allclose(model.weight.grad, gradient / total, atol=1e-6)\n"
-    step = textwrap.indent(step, old)
-    texts["tokens"] = re.sub(r" +loss.backward\(\).*", step, texts["after"])
     runs, commands = {}, {}
     for name, text in texts.items():
         (folder / name).mkdir()
@@ -85,6 +75,50 @@ def test_a_file_of_ones_own(finish, folder, name):
         assert side_by_side(run.stdout)[-1][3] > 80, run.stdout
 
 
+START = """
+import gc
+import time
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+
+def main():
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = torch.nn.Linear(100, 2)
+"""
+# The mean over the tokens of both ranks, of which each has another number.
+TOKENS = """
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    inputs, count = torch.randn(1 + rank, 100), torch.tensor(1.0 + rank)
+    loss = ddp(inputs).pow(2).mean()
+CODE
+    gradient = count * torch.autograd.grad(model(inputs).pow(2).mean(), model.weight)[0]
+    dist.all_reduce(gradient)
+    assert torch.allclose(model.weight.grad, gradient / 3, atol=1e-6)
+"""
+FSDP = """
+    model = torch.nn.Linear(100, 2)
+CODE
+    whole = torch.load("snapshot.pt", weights_only=True)["model"]
+    for name, value in model.state_dict().items():
+        assert value.to_local().shape != value.shape or value.dim() == 0
+        assert torch.equal(value.full_tensor(), whole[name]), name
+"""
+END = """
+    print("equal")
+
+main()
+gc.collect()
+time.sleep(0.1)
+dist.destroy_process_group()
+"""
+
+
+def with_block(code, start):
+    return code.replace("CODE", textwrap.indent(block(start), "    "))
+
+
 @pytest.fixture
 def trained(finish, folder):
     """A folder where training, with weighted sampling, has saved its best weights.
@@ -95,7 +129,7 @@ def trained(finish, folder):
     code += "    def __init__(self, *args, **options):\n"
     code += "        super().__init__(*args, **options)\n"
     code += "        self.sums = self.labels.float().cumsum(0)\n"  # all weight on 1
-    code += textwrap.indent(textwrap.dedent(block("def __getitem__(self, _)")), "    ")
+    code += textwrap.indent(block("def __getitem__(self, _)"), "    ")
     (folder / "mine.py").write_text(code)
     script = folder / "torchrun_ddp.py"
     source = script.read_text()
@@ -120,22 +154,14 @@ def trained(finish, folder):
 
 
 def test_recipes(trained, finish, folder):
-    """Weighted sampling, the best weights, and a snapshot in FSDP2."""
+    """Weighted sampling, the best weights; tokens in one's own loop; FSDP2."""
     assert epoch_lines(trained.stdout)[-1][1] > 95, trained.stdout
     assert list(load(folder / "best.pt")) == ["weight", "bias"]
-    if torch.__version__ < "2.6":
-        return  # FSDP2 was not public yet
-    code = "import torch\nimport torch.distributed as dist\n"
-    code += "dist.init_process_group('gloo')\nmodel = torch.nn.Linear(100, 2)\n"
-    code += block("fully_shard(model)")
-    code += "whole = torch.load('snapshot.pt', weights_only=True)['model']\n"
-    code += "for name, value in model.state_dict().items():\n"
-    code += "    assert value.to_local().shape != value.shape or value.dim() == 0\n"
-    code += "    assert torch.equal(value.full_tensor(), whole[name]), name\n"
-    code += "print('equal')\nimport gc\ndel model, value\ngc.collect()\n"
-    code += "dist.destroy_process_group()\n"
-    (folder / "shard.py").write_text(code)
-    run = finish([*STANDALONE, "shard.py"])
+    code = START + with_block(TOKENS, "total = count.clone()")
+    if torch.__version__ >= "2.6":  # before, FSDP2 was not public
+        code += with_block(FSDP, "fully_shard(model)")
+    (folder / "recipes.py").write_text(code + END)
+    run = finish([*STANDALONE, "recipes.py"])
     assert run.stdout.count("equal") == 2
 
 

@@ -5,13 +5,40 @@ import time
 
 import psutil
 import pytest
-from conftest import SCRIPTS, STANDALONE, assert_same_end, load
+from conftest import SCRIPTS, STANDALONE, assert_same_end, epoch_lines, load
 
 # About two seconds of training, after about three seconds of starting.
 LONG = "--dataset_length 3000 --batch_size 16 --epochs 12"
 SAVE = "--snapshot_path snapshot.pt"
 RESTARTS = [*STANDALONE, "--max_restarts=3", "torchrun_ddp.py"]
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# What is not a matter of processes: trainings that end after some steps.
+FLAGS = "--dataset_length 3000 --batch_size {} --epochs {}"
+RANKS = {"run": "train", "flags": FLAGS.format(4, 2)}
+RANKS["args"] = {"snapshot_path": "ranks.pt", "save_every": 7}
+VALIDATION = {"run": "train", "flags": "--epochs 2"}
+VALIDATION["args"] = {"snapshot_path": "validation.pt"}
+ALL = {"run": "train", "make_scheduler": "one_cycle", "make_optimizer": "groups"}
+ALL["compute_loss"] = "overflows_now_and_then"
+ALL["flags"] = f"{FLAGS.format(16, 7)} --max_grad_norm 0.05 --precision float16"
+ALL["args"] = {"snapshot_path": "stopped.pt", "save_every": 7}
+
+
+def stopped(case, steps):
+    return {**case, "run": "interrupted", "args": {**case["args"], "steps": steps}}
+
+
+CASES = {
+    2: {
+        "fewer ranks": stopped(RANKS, 20),
+        "in validation": {**VALIDATION, "evaluate": "killed"},
+        "after validation": VALIDATION,
+        "all": {**ALL, "args": {"snapshot_path": "whole.pt"}},
+        "all, stopped": stopped(ALL, 3 * 93 + 23),
+        "all, resumed": ALL,
+    },
+    3: {"more ranks": RANKS},
+}
 
 
 def wait_for_mid_epoch(run, path):
@@ -87,53 +114,29 @@ def test_sigterm_to_torchrun(start, finish, folder, reference):
     assert_same_end(path, reference(LONG))
 
 
-def test_the_world_size_may_change(start, finish, folder):
+def test_the_world_size_may_change(results):
     """From 2 to 3 inside an epoch. test_parts.py counts the samples."""
-    path = folder / "snapshot.pt"
-    flags = f"--dataset_length 3000 --batch_size 4 --epochs 3 --save_every 7 {SAVE}"
-    run = start(SCRIPTS["torchrun"], flags)
-    wait_for_mid_epoch(run, path)
-    time.sleep(0.3)
-    run.kill_all()
-    stopped = load(path)
-    run = finish([*STANDALONE, "--nproc_per_node=3", "torchrun_ddp.py"], flags)
-    where = f"{stopped['epoch']} epochs and {stopped['samples']} samples done, resuming"
-    assert where in run.stdout
-    assert load(path)["epoch"] == 3 and load(path)["samples"] == 0
+    (resumes, *epochs) = results[3]["more ranks"]
+    # Saved after 14 of 375 steps, of 8 samples.
+    assert resumes == "ranks.pt: 0 epochs and 112 samples done, resuming"
+    assert len(epoch_lines("\n".join(epochs))) == 2
+    snapshot = load(results["folder"] / "ranks.pt")
+    assert snapshot["epoch"] == 2 and snapshot["samples"] == 0
 
 
-def test_a_kill_during_validation_loses_no_step(start, finish, folder, define):
-    flags = f"--dataset_length 600 --epochs 2 {SAVE} "
-    flags += define({"MyDataset": "SlowValidation"})
-    run = start(SCRIPTS["torchrun"], flags)
-    path = folder / "snapshot.pt"
-    run.wait_until(path.exists)
-    run.kill_all()
-    assert "validation" not in run.stdout
-    assert load(path)["epoch"] == 1 and load(path)["samples"] == 0
-    run = finish(SCRIPTS["torchrun"], flags)
-    assert "1 epochs and 0 samples done, resuming" in run.stdout
-    assert "epoch 2/2" in run.stdout and "epoch 1/2" not in run.stdout
+def test_a_kill_during_validation_loses_no_step(results):
+    assert "epoch 1/2" in results[2]["in validation"][-1]
+    resumes, epoch, *_ = results[2]["after validation"]
+    assert resumes == "validation.pt: 1 epochs and 0 samples done, resuming"
+    assert epoch.startswith("epoch 2/2")
 
 
-def test_all_that_a_step_needs_is_resumed(start, finish, folder, define):
+def test_all_that_a_step_needs_is_resumed(results):
     """A schedule, clipping, groups, and float16's scale, which overflows make smaller."""
-    job = {"make_scheduler": "one_cycle", "make_optimizer": "groups"}
-    job["compute_loss"] = "overflows_now_and_then"
-    flags = "--dataset_length 3000 --batch_size 16 --epochs 7 --max_grad_norm 0.05"
-    flags += f" --precision float16 {define(job)} --snapshot_path"
-    run = finish(SCRIPTS["torchrun"], f"{flags} whole.pt")
-    assert "backend gloo, float16" in run.stdout
-    path = folder / "snapshot.pt"
-    run = start(SCRIPTS["torchrun"], f"{flags} snapshot.pt --save_every 7")
-    wait_for_mid_epoch(run, path)
-    run.kill_all()
-    stopped = load(path)
-    run = finish(SCRIPTS["torchrun"], f"{flags} snapshot.pt --save_every 7")
-    assert ", resuming" in run.stdout
-    whole = load(folder / "whole.pt")
+    resumes = results[2]["all, resumed"][0]
+    assert resumes == "stopped.pt: 3 epochs and 672 samples done, resuming"
+    whole = load(results["folder"] / "whole.pt")
     assert len(whole["optimizer"]["param_groups"]) == 2
     assert 1 <= whole["scaler"]["scale"] < 2**15
-    assert 0 < stopped["scheduler"]["last_epoch"] < whole["scheduler"]["last_epoch"]
     assert whole["scheduler"]["last_epoch"] == 7 * 93  # steps
-    assert_same_end(path, whole)
+    assert_same_end(results["folder"] / "stopped.pt", whole)
