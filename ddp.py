@@ -7,8 +7,8 @@ process per GPU or, without GPUs, two that share the CPU:
 
 It starts the processes itself. In each epoch, the first one trains normally, as with
 one device (without GPUs, with its share of the cores): for a step, it takes the batches
-of all processes, one after the other, and adds up their gradients. And all train the
-same steps with DDP, each with its own batches. The first process holds both models.
+of all processes, one after the other, and adds up their gradients. And all processes
+train the same steps with DDP, each with its own batches. The first holds both models.
 
 To check your own model, write a Python file and add --definitions FILE. What it defines
 of the ten definitions below, from MyDataset down to the function `wrap`, replaces the
@@ -51,7 +51,7 @@ from itertools import chain, cycle, islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # not used; imported later, it would hold the group
+import torch.distributed.nn  # an optimizer imports it: later, it would hold the group
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
@@ -117,11 +117,11 @@ def count_items(batch):
     """Return the number of items (samples, tokens) that compute_loss averages over.
 
     Samples: return an int. In training, all ranks have the same number, as all batches
-    are full, so nothing is exchanged. Tokens, or whatever ranks can have different
-    numbers of: return a tensor, such as (labels != -100).sum(), and never its .item().
-    In each step, the ranks then add up theirs. `batch` is still in CPU memory. A batch
-    without items gets weight 0: its loss may be NaN, but its gradient has to be finite,
-    as cross_entropy's is.
+    are full, so no step has to exchange it. Tokens, or whatever ranks can have
+    different numbers of: return a tensor, such as (labels != -100).sum(), never its
+    .item(). In each step, the ranks then add up theirs. `batch` is still in CPU memory.
+    A batch without items gets weight 0. Its loss may be NaN if its gradient is finite,
+    as cross_entropy's is: nothing else is used.
     """
     _, labels = batch
     return len(labels)
@@ -141,7 +141,7 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler; `steps` is the number of optimizer steps in all."""
+    """Return None, or a scheduler, which is stepped after each of the `steps` steps."""
     return
 
 
@@ -162,8 +162,8 @@ def main():
         f"{args.world_size} processes{share}, global batch {global_batch:,}", flush=True
     )
     try:
-        # DDP 1: launch one process per device. They inherit that Ctrl-C is ignored: a
-        # terminal sends it to all processes, but this one ends, and ends the others.
+        # DDP 1: launch one process per device. A terminal sends Ctrl-C to all of them.
+        # The new ones inherit that it is ignored; this one ends, and ends the others.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         arguments = args, store.host, store.port
         processes = mp.spawn(worker, arguments, args.world_size, join=False)
@@ -186,8 +186,8 @@ def worker(rank, args, host, port):
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
-    # Before Python 3.12, the fork of a DataLoader worker can hang while a thread of Gloo
-    # frees a message: let that end first.
+    # Before Python 3.12, forking a DataLoader worker can hang while a thread of Gloo
+    # frees a message: wait for that first.
     if sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
@@ -224,12 +224,12 @@ def compare(args, device, store):
     """Check DDP, then train both ways. Return False if this rank finds DDP wrong."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
-    # when it wraps the model, sends rank 0's weights to all ranks.
+    # when it wraps the model (below), sends rank 0's weights to all ranks.
     seed_everything(args.seed)
     dataset, _ = make_datasets(args)  # nothing is validated here
     model = make_model(args).to(device)
     check_data(dataset, args, device)
-    ddp_model = wrap(model)
+    ddp_model = wrap(model)  # shares its weights with `model`
     if any(isinstance(module, nn.SyncBatchNorm) for module in ddp_model.modules()):
         stop("SyncBatchNorm cannot train normally, on rank 0 alone: take BatchNorm")
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
@@ -269,6 +269,7 @@ def compare(args, device, store):
             wait_for_rank_0(store, f"epoch {epoch}, {name}")
         if rank == 0:  # DDP 8: rank 0 alone prints results
             print_epoch(epoch, args.epochs, results["normal"][-1], results["ddp"][-1])
+    # All ranks have equal weights, unless something has trained without DDP.
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
     warning = "the ranks' weights differ. README: Different weights"
     figures["same_weights"] = check_same(norms, warning)
@@ -297,7 +298,7 @@ class InTurn:
 
 
 def train_epoch(model, loader, training, args, device, after_step=None):
-    """Train one epoch, or its rest, with DDP or without (ddp.py compares both).
+    """Train one epoch, or its rest, with DDP or (in ddp.py) without.
 
     After each step but the last, rank 0 calls `after_step(batches done)`.
     """
@@ -329,12 +330,12 @@ def train_epoch(model, loader, training, args, device, after_step=None):
 
 
 def as_number(count):
-    """Return an int as it is, and a tensor as a float. (See count_items.)"""
+    """Return an int (equal on all ranks) as it is, a tensor (unequal) as a float."""
     return count if isinstance(count, int) else float(count)
 
 
 def train_step(model, batches, counts, training, metrics, args, device):
-    """Take one optimizer step, with these batches and those of the other ranks."""
+    """Take one optimizer step; with DDP, it is one step of all ranks together."""
     optimizer, scheduler, scaler = training
     accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
     scaler.unscale_(optimizer)
@@ -348,18 +349,17 @@ def train_step(model, batches, counts, training, metrics, args, device):
 
 
 def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
-    """Compute the gradients of a step, over `batches` and those of the other ranks.
+    """Compute a step's gradients, over `batches` and, with DDP, the other ranks'.
 
     `counts`: the number of items in each batch. `scale`: a function that is applied to
     each loss, as that of a GradScaler.
     """
     is_ddp = hasattr(model, "no_sync")
-    # DDP averages over the ranks: so divide by the items that a rank has on average.
-    mean_items = sum(counts)
-    if is_ddp and not isinstance(counts[0], int):  # the ranks can have unequal numbers
-        mean_items = torch.full((), mean_items, dtype=torch.float32, device=device)
-        dist.all_reduce(mean_items)
-        mean_items /= dist.get_world_size()
+    items_per_rank = sum(counts)
+    if is_ddp and not isinstance(counts[0], int):  # unequal numbers: take their mean
+        items_per_rank = torch.full((), sum(counts), dtype=torch.float32, device=device)
+        dist.all_reduce(items_per_rank)  # now the sum over all ranks
+        items_per_rank /= dist.get_world_size()
     for index, (batch, count) in enumerate(zip(batches, counts)):
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass, too, it
@@ -368,8 +368,9 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
         with model.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast(args, device):
                 loss, correct = compute_loss(model, to_device(batch, device))
-            # Each item then has the same weight in a step, on whichever rank it is.
-            weight = count / mean_items if count else 0.0
+            # loss * count is the sum over the batch's items. Divided by items_per_rank,
+            # and averaged over the ranks by DDP, it is the mean over all of the step.
+            weight = count / items_per_rank if count else 0.0
             scale(loss * weight).backward()
         metrics.add(loss, correct, count)
 
@@ -439,8 +440,9 @@ def check(ways, dataset, device, store):
     same = difference < limit
     if not same:
         # A gradient that should be 0, as of a bias before BatchNorm, is only rounding
-        # noise. Measure noise: normal training, with its batches in reverse. Forgive
-        # gaps up to 10 times that. If it is too large, or NaN, one cannot tell: None.
+        # noise. Take normal training's gradients again, with its batches in reverse:
+        # that gives only noise, too. Forgive gaps up to 10 times the largest, or 1e-7
+        # of all gradients' length. If noise is too large, or NaN, one cannot tell.
         noise = compare_gradients(expected, take("normal", backwards=True))[0].max()
         whole = lengths.norm()
         gaps = (gaps - torch.maximum(10 * noise, 1e-7 * whole)).clamp(min=0)
@@ -514,8 +516,9 @@ def take_gradients(model, dataset, batch_indices, args, device, seed=0):
 
     batches = list(make_loader(Seeded(dataset, seed), batch_indices, args, device))
     counts = [as_number(count_items(batch)) for batch in batches]
-    # DDP's losses are world_size times as large, and then it divides the gradients. So
-    # does normal training here: or float16 and bfloat16 would round differently.
+    # With DDP, a loss is divided by the items of one rank: it is world_size times as
+    # large, until DDP averages the gradients. Do the same in normal training here: or
+    # float16 and bfloat16 would round differently.
     factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
     more = (lambda loss: factor * loss), Metrics(device), args, device
     try:
@@ -587,15 +590,20 @@ def measure_steps(ways, results, steps_per_epoch, dataset, device):
         step_ms[name] = 1000 * statistics.median(seconds) / steps_per_epoch
     repeats = [max(2, round(400 / step_ms["ddp"]))]  # for nearly half a second
     dist.broadcast_object_list(repeats, 0)  # rank 0's, for all
-    model, loader, training, args = ways["ddp"]
+    args = ways["ddp"].args
+
+    def time_steps_of(name, batch_indices):
+        model, _, training, _ = ways[name]  # but with DDP's grad_accum_steps
+        batches = dataset, batch_indices
+        return time_steps(model, *batches, repeats[0], training, args, device)
+
     # The batches of up to four steps, as they can differ in size.
     num_batches = args.grad_accum_steps * min(repeats[0], 4)
-    batch_indices = list(islice(loader.batch_sampler, num_batches))
-    timed = model, dataset, batch_indices, repeats[0], training, args, device
+    batch_indices = list(islice(ways["ddp"].loader.batch_sampler, num_batches))
     # The smaller one, as noise could make a part negative.
-    synced_ms = min(time_steps(*timed), step_ms["ddp"])
-    with model.no_sync():  # after the other, as the ranks' weights drift apart here
-        compute_ms = min(time_steps(*timed), synced_ms)
+    synced_ms = min(time_steps_of("ddp", batch_indices), step_ms["ddp"])
+    with ways["ddp"].model.no_sync():  # of all batches: weights drift apart from here
+        compute_ms = min(time_steps_of("ddp", batch_indices), synced_ms)
     parts = {"data": step_ms["ddp"] - synced_ms, "compute": compute_ms}
     parts["sync"] = synced_ms - compute_ms
     figures = {"ddp_step_ms": parts, "normal_step_ms": step_ms.get("normal")}
@@ -603,12 +611,10 @@ def measure_steps(ways, results, steps_per_epoch, dataset, device):
     if "normal" in ways and device.type == "cuda":
         # One device might take a batch as large as those of all ranks together. (Not
         # tried on a CPU, which can run out of memory without an exception.)
-        model, _, training, _ = ways["normal"]
-        large_batch = range(args.batch_size * args.world_size)
-        batch_indices = [large_batch] * args.grad_accum_steps
-        timed = model, dataset, batch_indices, repeats[0], training, args, device
+        batch_indices = [range(args.batch_size * args.world_size)]
+        batch_indices *= args.grad_accum_steps
         with suppress(torch.cuda.OutOfMemoryError):
-            figures["large_batch_step_ms"] = time_steps(*timed)
+            figures["large_batch_step_ms"] = time_steps_of("normal", batch_indices)
     return figures
 
 
@@ -669,9 +675,10 @@ def verdict(figures, num_ratios, args):
         return f"{text}. One process cannot be faster."
     text += f", where {args.world_size} would be ideal."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = gpus or args.cores
+    devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
     if args.world_size > devices:
-        return f"{text} {args.world_size} processes share {devices}: start no more."
+        text += f" {args.world_size} processes share {devices} {kind}"
+        return f"{text}: start no more."
     if data > max(compute, sync):
         return f"{text} Loading costs most: try --num_workers {args.num_workers + 2}."
     if unsynced >= 4 * sync:  # synchronising takes a fifth of a step, or less
@@ -681,6 +688,7 @@ def verdict(figures, num_ratios, args):
     if factor is None or normal_ms < 1.3 * unsynced:  # that would not gain much
         text += f" There is too little work to share ({unsynced:.2f} ms, for {sync:.2f}"
         return f"{text} ms of sync): use a larger batch or model."
+    # Both ways then have `factor` times the work in a step, but sync stays as it is.
     gain = factor * normal_ms / (factor * unsynced + sync)
     text += f" About {gain:.1f} with --grad_accum_steps"
     text += f" {factor * args.grad_accum_steps} or, if it fits, --batch_size"
@@ -729,14 +737,14 @@ def seed_everything(seed):
 
 
 def check_data(dataset, args, device):
-    """Check that all ranks read the same training data, as far as eight samples show."""
+    """Check that all ranks read the same data, as far as eight samples can tell."""
     length = len(dataset)
     if not check_same(length):
         stop(f"{length} samples, but not on all ranks. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
-    # numbers: the text that Python prints of them, without addresses of objects.
+    # numbers: their repr, without the addresses of objects in it.
     seed_everything(args.seed)
     indices = [number * (length - 1) // 7 for number in range(8)]
     samples = next(iter(make_loader(dataset, [indices], args, device)))
@@ -745,7 +753,7 @@ def check_data(dataset, args, device):
 
 
 def check_same(value, warning=""):
-    """Return whether all ranks have the same value; if not, rank 0 prints a warning."""
+    """Compare the ranks' values: are they the same? If not, rank 0 prints a warning."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
     same = len(set(values)) == 1
@@ -819,7 +827,7 @@ def parse_flags(parser):
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds that a rank waits for others, or a worker"),
+        ("--timeout", 600.0, 1, "seconds that a rank waits for others or workers"),
     ]
     add, gpus = parser.add_argument, torch.cuda.is_available()
     for flag, default, _, help in numbers:
@@ -838,7 +846,8 @@ def parse_flags(parser):
             parser.error(f"{flag} must be a number from {minimum}")
     if args.backend == "nccl" and not gpus:
         parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    file, name = args.definitions, os.path.basename(args.definitions or "")[:-3]
+    file = args.definitions or ""
+    name = os.path.splitext(os.path.basename(file))[0]
     if file and (not os.path.isfile(file) or name in sys.modules):
         parser.error(f"--definitions {file}: no such file, or a module has its name")
     return args

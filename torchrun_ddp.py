@@ -42,7 +42,7 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # not used; imported later, it would hold the group
+import torch.distributed.nn  # an optimizer imports it: later, it would hold the group
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -107,11 +107,11 @@ def count_items(batch):
     """Return the number of items (samples, tokens) that compute_loss averages over.
 
     Samples: return an int. In training, all ranks have the same number, as all batches
-    are full, so nothing is exchanged. Tokens, or whatever ranks can have different
-    numbers of: return a tensor, such as (labels != -100).sum(), and never its .item().
-    In each step, the ranks then add up theirs. `batch` is still in CPU memory. A batch
-    without items gets weight 0: its loss may be NaN, but its gradient has to be finite,
-    as cross_entropy's is.
+    are full, so no step has to exchange it. Tokens, or whatever ranks can have
+    different numbers of: return a tensor, such as (labels != -100).sum(), never its
+    .item(). In each step, the ranks then add up theirs. `batch` is still in CPU memory.
+    A batch without items gets weight 0. Its loss may be NaN if its gradient is finite,
+    as cross_entropy's is: nothing else is used.
     """
     _, labels = batch
     return len(labels)
@@ -131,7 +131,7 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler; `steps` is the number of optimizer steps in all."""
+    """Return None, or a scheduler, which is stepped after each of the `steps` steps."""
     return
 
 
@@ -148,8 +148,8 @@ def main():
     args = parse_args()
     if sys.platform == "linux":  # if torchrun is killed, the kernel kills this process
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    # Before Python 3.12, the fork of a DataLoader worker can hang while a thread of Gloo
-    # frees a message: let that end first.
+    # Before Python 3.12, forking a DataLoader worker can hang while a thread of Gloo
+    # frees a message: wait for that first.
     if sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
@@ -175,7 +175,7 @@ def train(args, device):
     """Train with DDP, from the start or from the snapshot."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
-    # when it wraps the model, sends rank 0's weights to all ranks.
+    # when it wraps the model (below), sends rank 0's weights to all ranks.
     seed_everything(args.seed)
     dataset, validation_set = make_datasets(args)
     model = make_model(args).to(device)
@@ -233,6 +233,7 @@ def train(args, device):
         loss, accuracy = evaluate(ddp_model, validation_loader, args, device)
         if rank == 0:
             print(f"  validation  loss {loss:.4f}  accuracy {accuracy:.1%}")
+        # All ranks have equal weights, unless something has trained without DDP.
         norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
         check_same(norms, "the ranks' weights differ. README: Different weights")
     if rank == 0:
@@ -240,7 +241,7 @@ def train(args, device):
 
 
 def train_epoch(model, loader, training, args, device, after_step=None):
-    """Train one epoch, or its rest, with DDP or without (ddp.py compares both).
+    """Train one epoch, or its rest, with DDP or (in ddp.py) without.
 
     After each step but the last, rank 0 calls `after_step(batches done)`.
     """
@@ -272,12 +273,12 @@ def train_epoch(model, loader, training, args, device, after_step=None):
 
 
 def as_number(count):
-    """Return an int as it is, and a tensor as a float. (See count_items.)"""
+    """Return an int (equal on all ranks) as it is, a tensor (unequal) as a float."""
     return count if isinstance(count, int) else float(count)
 
 
 def train_step(model, batches, counts, training, metrics, args, device):
-    """Take one optimizer step, with these batches and those of the other ranks."""
+    """Take one optimizer step; with DDP, it is one step of all ranks together."""
     optimizer, scheduler, scaler = training
     accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
     scaler.unscale_(optimizer)
@@ -291,18 +292,17 @@ def train_step(model, batches, counts, training, metrics, args, device):
 
 
 def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
-    """Compute the gradients of a step, over `batches` and those of the other ranks.
+    """Compute a step's gradients, over `batches` and, with DDP, the other ranks'.
 
     `counts`: the number of items in each batch. `scale`: a function that is applied to
     each loss, as that of a GradScaler.
     """
     is_ddp = hasattr(model, "no_sync")
-    # DDP averages over the ranks: so divide by the items that a rank has on average.
-    mean_items = sum(counts)
-    if is_ddp and not isinstance(counts[0], int):  # the ranks can have unequal numbers
-        mean_items = torch.full((), mean_items, dtype=torch.float32, device=device)
-        dist.all_reduce(mean_items)
-        mean_items /= dist.get_world_size()
+    items_per_rank = sum(counts)
+    if is_ddp and not isinstance(counts[0], int):  # unequal numbers: take their mean
+        items_per_rank = torch.full((), sum(counts), dtype=torch.float32, device=device)
+        dist.all_reduce(items_per_rank)  # now the sum over all ranks
+        items_per_rank /= dist.get_world_size()
     for index, (batch, count) in enumerate(zip(batches, counts)):
         # DDP 6: synchronise. backward() averages the gradients over all ranks while it
         # computes them. In no_sync(), which must enclose the forward pass, too, it
@@ -311,8 +311,9 @@ def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
         with model.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast(args, device):
                 loss, correct = compute_loss(model, to_device(batch, device))
-            # Each item then has the same weight in a step, on whichever rank it is.
-            weight = count / mean_items if count else 0.0
+            # loss * count is the sum over the batch's items. Divided by items_per_rank,
+            # and averaged over the ranks by DDP, it is the mean over all of the step.
+            weight = count / items_per_rank if count else 0.0
             scale(loss * weight).backward()
         metrics.add(loss, correct, count)
 
@@ -345,7 +346,7 @@ class Metrics:
 def evaluate(ddp_model, loader, args, device):
     """Return the mean loss and the accuracy, 0 to 1, over the whole validation set."""
     model, metrics = ddp_model.module, Metrics(device)
-    # All ranks take rank 0's buffers (BatchNorm's statistics), those of the snapshot.
+    # All ranks take rank 0's buffers (BatchNorm's statistics), as snapshots do.
     for name, buffer in model.named_buffers():
         if ddp_model.broadcast_buffers and name not in ddp_model.parameters_to_ignore:
             contiguous = buffer.contiguous()  # broadcast needs it
@@ -395,14 +396,14 @@ def seed_everything(seed):
 
 
 def check_data(dataset, args, device):
-    """Check that all ranks read the same training data, as far as eight samples show."""
+    """Check that all ranks read the same data, as far as eight samples can tell."""
     length = len(dataset)
     if not check_same(length):
         stop(f"{length} samples, but not on all ranks. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: no rank would have a whole batch")
     # Compare eight samples, which all ranks read as in training, with equal random
-    # numbers: the text that Python prints of them, without addresses of objects.
+    # numbers: their repr, without the addresses of objects in it.
     seed_everything(args.seed)
     indices = [number * (length - 1) // 7 for number in range(8)]
     samples = next(iter(make_loader(dataset, [indices], args, device)))
@@ -411,7 +412,7 @@ def check_data(dataset, args, device):
 
 
 def check_same(value, warning=""):
-    """Return whether all ranks have the same value; if not, rank 0 prints a warning."""
+    """Compare the ranks' values: are they the same? If not, rank 0 prints a warning."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
     same = len(set(values)) == 1
@@ -448,7 +449,7 @@ def make_loader(dataset, batch_sampler, args, device):
 
 
 def load_snapshot(args, model, training):
-    """Load the snapshot on all ranks, if there is one; return its two numbers."""
+    """Load the snapshot, if there is one. Return the epochs and the samples done."""
     path, done, problem = args.snapshot_path, (0, 0), ""
     if path and dist.get_rank() == 0:  # if it cannot be written, fail now
         open(path + ".tmp", "wb").close()
@@ -468,7 +469,8 @@ def load_snapshot(args, model, training):
             done = snapshot["epoch"], snapshot["samples"]
         except Exception as error:  # noqa: BLE001, a damaged file can raise anything
             problem = f"cannot resume from {path}: {error!r:.900}"
-    if not check_same((done, problem)) or problem:
+    same = check_same((done, problem))
+    if problem or not same:
         stop(problem or f"{path} is not the same on all machines: use a shared folder")
     if done != (0, 0) and dist.get_rank() == 0:
         print(f"{path}: {done[0]} epochs and {done[1]} samples done, resuming")
@@ -539,7 +541,7 @@ def parse_flags(parser):
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds that a rank waits for others, or a worker"),
+        ("--timeout", 600.0, 1, "seconds that a rank waits for others or workers"),
     ]
     add, gpus = parser.add_argument, torch.cuda.is_available()
     for flag, default, _, help in numbers:
@@ -558,7 +560,8 @@ def parse_flags(parser):
             parser.error(f"{flag} must be a number from {minimum}")
     if args.backend == "nccl" and not gpus:
         parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    file, name = args.definitions, os.path.basename(args.definitions or "")[:-3]
+    file = args.definitions or ""
+    name = os.path.splitext(os.path.basename(file))[0]
     if file and (not os.path.isfile(file) or name in sys.modules):
         parser.error(f"--definitions {file}: no such file, or a module has its name")
     return args
@@ -579,7 +582,7 @@ def parse_args():
     too_few = int(env["LOCAL_RANK"]) >= torch.cuda.device_count()
     if args.backend == "nccl" and too_few and "NCCL_MULTI_RANK_GPU_ENABLE" not in env:
         parser.error("fewer GPUs than processes: --backend gloo lets them share")
-    # In torchrun's own store, restarted ranks would find the addresses of dead ranks.
+    # Restarted ranks would find addresses of dead ones in the store of torchrun.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"

@@ -498,11 +498,17 @@ class SlowSamples(Samples):
 class RecordedSamples(Samples):
     """Notes which samples a process reads, and a checksum of its data."""
 
+    who = ""
+
     def __getitem__(self, index):
         use = "samples" if self.train else "validation"
-        with open(f"{use} of rank {os.environ['RANK']}", "a") as file:
+        with open(f"{self.who}{use} of rank {os.environ['RANK']}", "a") as file:
             file.write(f"{index} {self.inputs.sum().item()}\n")
         return super().__getitem__(index)
+
+
+class ResumedSamples(RecordedSamples):
+    who = "resumed "
 
 
 class UnseededImages(TorchAugmented):

@@ -156,7 +156,7 @@ LITTLE = "There is too little work to share"
         ({"ratios": 1}, "Too few epochs to tell: 1.50 times the speed"),
         ({"world_size": 1}, "no clear difference: 1.50 times"),
         ({"world_size": 1}, "One process cannot be faster."),
-        ({"world_size": 9}, "9 processes share 4: start no more."),
+        ({"world_size": 9}, "9 processes share 4 cores: start no more."),
         # No advice where synchronising costs a quarter of the rest, at most.
         ({}, "where 2 would be ideal."),
         (step(1, 3, 0.9), "where 2 would be ideal."),

@@ -5,6 +5,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import SCRIPTS, STANDALONE, assert_same_end, epoch_lines, load
 
 # About two seconds of training, after about three seconds of starting.
@@ -37,7 +38,7 @@ CASES = {
         "all, stopped": stopped(ALL, 3 * 93 + 23),
         "all, resumed": ALL,
     },
-    3: {"more ranks": RANKS},
+    3: {"more ranks": {**RANKS, "MyDataset": "ResumedSamples"}},
 }
 
 
@@ -115,13 +116,23 @@ def test_sigterm_to_torchrun(start, finish, folder, reference):
 
 
 def test_the_world_size_may_change(results):
-    """From 2 to 3 inside an epoch. test_parts.py counts the samples."""
+    """From 2 to 3 inside an epoch: less than a global batch is read twice, or not."""
     (resumes, *epochs) = results[3]["more ranks"]
     # Saved after 14 of 375 steps, of 8 samples.
     assert resumes == "ranks.pt: 0 epochs and 112 samples done, resuming"
     assert len(epoch_lines("\n".join(epochs))) == 2
     snapshot = load(results["folder"] / "ranks.pt")
     assert snapshot["epoch"] == 2 and snapshot["samples"] == 0
+    # The epoch's order, whose first 112 samples two ranks have read.
+    generator = torch.Generator().manual_seed(0)
+    done = torch.randperm(3000, generator=generator)[:112].tolist()
+    rest = []
+    for rank in range(3):
+        lines = (results["folder"] / f"resumed samples of rank {rank}").read_text()
+        read = [int(index) for index in lines.split()[::2]]
+        rest += read[8 : len(read) - 1000]  # without check_data's, and the next epoch's
+    assert len(set(rest)) == len(rest) and len(set(rest) & set(done)) < 12
+    assert len(set(rest + done)) > 3000 - 12
 
 
 def test_a_kill_during_validation_loses_no_step(results):
