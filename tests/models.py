@@ -13,6 +13,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -422,17 +423,6 @@ class NaNModel(nn.Linear):
         return super().forward(inputs) * float("nan")
 
 
-class LargeModel(nn.Linear):
-    """Nearly nothing to compute, and gradients of 40 MB."""
-
-    def __init__(self, input_size):
-        super().__init__(input_size, 2)
-        self.large = nn.Parameter(torch.zeros(10_000_000))
-
-    def forward(self, inputs):
-        return super().forward(inputs) + self.large.sum()
-
-
 class SlowModel(nn.Linear):
     def __init__(self, input_size):
         super().__init__(input_size, 2)
@@ -637,6 +627,18 @@ class Experts(nn.Module):
     def forward(self, images):
         flat = images.flatten(1)
         return self.experts[int(flat.sum() > flat.numel() / 2)](flat)
+
+
+def wrap_slow(model):
+    """It takes a while to average gradients."""
+
+    def slow_hook(_, bucket):
+        time.sleep(0.03)
+        return default_hooks.allreduce_hook(None, bucket)
+
+    ddp_model = DistributedDataParallel(model)
+    ddp_model.register_comm_hook(None, slow_hook)
+    return ddp_model
 
 
 def wrap_unused(model):

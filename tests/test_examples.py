@@ -47,7 +47,9 @@ def test_it_learns_and_resumes(results, name):
         assert example["again"].pop(0).endswith("2 epochs and 0 samples done, resuming")
         assert len(epoch_lines("\n".join(example["again"]))) == 1
     for line in example["first"] + example["again"]:
-        assert re.match(r"epoch \d|  validation |DDP training time: ", line), line
+        assert re.match(r"epoch \d|  (batch|validation) |DDP training time: ", line), (
+            line
+        )
     assert len(validation_lines("\n".join(example["first"]))) == 2
 
 
