@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -84,19 +85,20 @@ class Run:
     def processes(self):
         found = []
         for process in psutil.process_iter():
-            try:
+            with suppress(psutil.Error):
                 mine = process.environ().get("DDP_TEST_MARK") == self.mark
                 if mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.Error:
-                pass
         return found
 
     def ranks(self):
         """Return the training processes, rank 0 first, without DataLoader workers."""
-        children = [p for p in self.processes() if p.ppid() == self.process.pid]
-        tracker = "multiprocessing.resource_tracker"
-        ranks = [p for p in children if tracker not in " ".join(p.cmdline())]
+        ranks, tracker = [], "multiprocessing.resource_tracker"
+        for process in self.processes():
+            with suppress(psutil.Error):  # it may end at any time
+                is_child = process.ppid() == self.process.pid
+                if is_child and tracker not in " ".join(process.cmdline()):
+                    ranks.append(process)
         return sorted(ranks, key=lambda p: p.pid)
 
     def wait_until(self, condition, timeout=60):
@@ -125,10 +127,8 @@ class Run:
     def kill_all(self):
         while self.processes():
             for process in self.processes():
-                try:
+                with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    pass
             time.sleep(0.05)
         self.process.wait()
 

@@ -13,7 +13,6 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -424,12 +423,20 @@ class NaNModel(nn.Linear):
 
 
 class SlowModel(nn.Linear):
+    slow_ranks = (0, 1)
+
     def __init__(self, input_size):
         super().__init__(input_size, 2)
 
     def forward(self, inputs):
-        time.sleep(0.03)
+        time.sleep(0.03 if dist.get_rank() in self.slow_ranks else 0)
         return super().forward(inputs)
+
+
+class SlowOnRank1(SlowModel):
+    """Rank 0 waits for rank 1, when it averages gradients."""
+
+    slow_ranks = (1,)
 
 
 class SyncCheckedModel(nn.Linear):
@@ -627,18 +634,6 @@ class Experts(nn.Module):
     def forward(self, images):
         flat = images.flatten(1)
         return self.experts[int(flat.sum() > flat.numel() / 2)](flat)
-
-
-def wrap_slow(model):
-    """It takes a while to average gradients."""
-
-    def slow_hook(_, bucket):
-        time.sleep(0.03)
-        return default_hooks.allreduce_hook(None, bucket)
-
-    ddp_model = DistributedDataParallel(model)
-    ddp_model.register_comm_hook(None, slow_hook)
-    return ddp_model
 
 
 def wrap_unused(model):

@@ -83,7 +83,7 @@ FLAGS = {
 EXAMPLES = 10  # random sizes, for each number of processes
 TIMED = {"toy": {}, "slow data": {"MyDataset": "SlowSamples"}}
 TIMED.update(
-    {"slow model": {"MyModel": "SlowModel"}, "slow sync": {"wrap": "wrap_slow"}}
+    {"slow model": {"MyModel": "SlowModel"}, "slow sync": {"MyModel": "SlowOnRank1"}}
 )
 
 

@@ -5,7 +5,9 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 import torch
 from conftest import SCRIPTS, TORCHRUN, epoch_lines, side_by_side
@@ -80,7 +82,8 @@ def test_a_stuck_rank_ends_the_run(training):
         stuck.suspend()
     for run, stuck in zip(runs, stuck_ranks):
         run.wait_until(lambda run=run: len(run.ranks()) < 2)
-        stuck.send_signal(signal.SIGCONT)  # or torchrun waits 30 seconds to kill it
+        with suppress(psutil.NoSuchProcess):  # it may have been killed by now
+            stuck.send_signal(signal.SIGCONT)  # or torchrun waits 30 seconds to do it
     for run in runs:
         assert run.wait(60) == 1 and run.all_gone()
         assert "Timed out" in run.stderr or "timed out" in run.stderr
