@@ -120,8 +120,8 @@ def count_items(batch):
     are full, so no step has to exchange it. Tokens, or whatever ranks can have
     different numbers of: return a tensor, such as (labels != -100).sum(), never its
     .item(). In each step, the ranks then add up theirs. `batch` is still in CPU memory.
-    A batch without items gets weight 0. Its loss may be NaN if its gradient is finite,
-    as cross_entropy's is: nothing else is used.
+    A batch without items gets weight 0. Its loss may be NaN, as only its gradient is
+    used; that has to be finite, as cross_entropy's is.
     """
     _, labels = batch
     return len(labels)
@@ -141,13 +141,13 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler, which is stepped after each of the `steps` steps."""
+    """Return None, or a scheduler, stepped after each of `steps` optimizer steps."""
     return
 
 
 def wrap(model):
-    """Return the model with DDP around it: here is the place for DDP's options."""
-    # Gradients are then kept once, where DDP averages them, and not copied there.
+    """Return the model with DDP around it. Add options of DDP here."""
+    # This one keeps gradients where DDP averages them, instead of copying them there.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -594,8 +594,9 @@ def measure_steps(ways, results, steps_per_epoch, dataset, device):
 
     def time_steps_of(name, batch_indices):
         model, _, training, _ = ways[name]  # but with DDP's grad_accum_steps
-        batches = dataset, batch_indices
-        return time_steps(model, *batches, repeats[0], training, args, device)
+        return time_steps(
+            model, dataset, batch_indices, repeats[0], training, args, device
+        )
 
     # The batches of up to four steps, as they can differ in size.
     num_batches = args.grad_accum_steps * min(repeats[0], 4)
@@ -753,7 +754,7 @@ def check_data(dataset, args, device):
 
 
 def check_same(value, warning=""):
-    """Compare the ranks' values: are they the same? If not, rank 0 prints a warning."""
+    """Return whether all ranks, which must all call this, have one value; else warn."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
     same = len(set(values)) == 1

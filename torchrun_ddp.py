@@ -110,8 +110,8 @@ def count_items(batch):
     are full, so no step has to exchange it. Tokens, or whatever ranks can have
     different numbers of: return a tensor, such as (labels != -100).sum(), never its
     .item(). In each step, the ranks then add up theirs. `batch` is still in CPU memory.
-    A batch without items gets weight 0. Its loss may be NaN if its gradient is finite,
-    as cross_entropy's is: nothing else is used.
+    A batch without items gets weight 0. Its loss may be NaN, as only its gradient is
+    used; that has to be finite, as cross_entropy's is.
     """
     _, labels = batch
     return len(labels)
@@ -131,13 +131,13 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler, which is stepped after each of the `steps` steps."""
+    """Return None, or a scheduler, stepped after each of `steps` optimizer steps."""
     return
 
 
 def wrap(model):
-    """Return the model with DDP around it: here is the place for DDP's options."""
-    # Gradients are then kept once, where DDP averages them, and not copied there.
+    """Return the model with DDP around it. Add options of DDP here."""
+    # This one keeps gradients where DDP averages them, instead of copying them there.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -182,8 +182,8 @@ def train(args, device):
     check_data(dataset, args, device)
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
     # equally many batches, all full: a few samples are left out, not always the same.
-    # A step takes world_size * batch_size * grad_accum_steps samples, the global batch:
-    # choose the learning rate for that.
+    # A step takes world_size * batch_size * grad_accum_steps samples (an epoch's last one
+    # can take fewer): this is the global batch. Choose the learning rate for it.
     sampler = DistributedSampler(dataset, seed=args.seed, drop_last=True)
     batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
     whole_loader = make_loader(dataset, batch_sampler, args, device)
@@ -412,7 +412,7 @@ def check_data(dataset, args, device):
 
 
 def check_same(value, warning=""):
-    """Compare the ranks' values: are they the same? If not, rank 0 prints a warning."""
+    """Return whether all ranks, which must all call this, have one value; else warn."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
     same = len(set(values)) == 1

@@ -116,7 +116,7 @@ def test_sigterm_to_torchrun(start, finish, folder, reference):
 
 
 def test_the_world_size_may_change(results):
-    """From 2 to 3 inside an epoch: less than a global batch is read twice, or not."""
+    """From 2 to 3 inside an epoch: less than a global batch is read twice, or not at all."""
     (resumes, *epochs) = results[3]["more ranks"]
     # Saved after 14 of 375 steps, of 8 samples.
     assert resumes == "ranks.pt: 0 epochs and 112 samples done, resuming"
