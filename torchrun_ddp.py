@@ -182,8 +182,8 @@ def train(args, device):
     check_data(dataset, args, device)
     # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
     # equally many batches, all full: a few samples are left out, not always the same.
-    # A step takes world_size * batch_size * grad_accum_steps samples (an epoch's last one
-    # can take fewer): this is the global batch. Choose the learning rate for it.
+    # A step takes world_size * batch_size * grad_accum_steps samples (an epoch's last
+    # step can take fewer): the global batch. Choose the learning rate for it.
     sampler = DistributedSampler(dataset, seed=args.seed, drop_last=True)
     batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
     whole_loader = make_loader(dataset, batch_sampler, args, device)
