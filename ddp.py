@@ -1,69 +1,68 @@
 """Compare normal training with DistributedDataParallel (DDP) training.
 
-Does DDP compute the same gradients? Is it faster, and if not, why not? Try it with one
-process per GPU or, without GPUs, two that share the CPU:
+Does DDP compute the right gradients? Is it faster? If not, why not?
 
     python ddp.py
 
-It starts the processes itself. In each epoch, the first one trains normally, as with
-one device (without GPUs, with its share of the cores): for a step, it takes the batches
-of all processes, one after the other, and adds up their gradients. And all processes
-train the same steps with DDP, each with its own batches. The first holds both models.
+starts one process per GPU of this machine (or two processes, without a GPU). In each
+epoch, the first process trains normally, on its own, and all processes together train
+with DDP. A step takes the same samples both ways. For several machines, and for real
+training, use torchrun_ddp.py.
 
-To check your own model, write a Python file and add --definitions FILE. What it defines
-of the ten definitions below, from MyDataset down to the function `wrap`, replaces the
-one here. Or edit them here. No other line makes a dataset or a model, or knows what is
-in a batch. torchrun_ddp.py takes the same file, to train for good.
+Part 1 defines the data and the model. To check your own, edit it, or write your
+versions of these definitions to a file and pass it with --definitions FILE. It can also
+be your copy of torchrun_ddp.py.
+Part 2 launches the processes and trains. The comments "DDP 1" to "DDP 9" mark what a
+script for one GPU does not need. Part 3 compares gradients. Part 4 measures time.
+Part 5 has flags, helpers, and guards against rare failures, without which DDP works.
 
-Together, the processes are a process group. Each has a number, its rank; the world
-size is how many there are. A collective is a call by which ranks exchange data, such as
-an all-reduce, which adds up their tensors. All ranks must make it: a rank waits for the
-others, up to --timeout. The backend that does it is NCCL between GPUs, otherwise Gloo.
-They find each other at a server, the store, which this script opens at MASTER_ADDR and
-MASTER_PORT, from the environment or a file .env.
-
-Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, numbered in
-the order in which it happens: 1 is in main; 2 and 9 in worker; 3, 4, 5 and 8 in
-compare; 6 in accumulate_gradients; 7 in Metrics.
+Each process has a rank, from 0 to world size - 1. A collective, such as all_reduce, is
+an exchange between all ranks. Every rank has to call it: if one does not, the others
+wait for it until --timeout.
 """
 
 import argparse
 import copy
 import ctypes
+import dataclasses
 import gc
 import importlib
+import io
 import json
 import math
 import os
 import random
-import re
 import signal
 import socket
-import statistics
 import sys
 import textwrap
 import time
 import traceback
+import zlib
 from collections import namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
-from itertools import chain, cycle, islice
+from itertools import chain, islice
+from statistics import median, median_low
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # an optimizer imports it: later, it would hold the group
+import torch.distributed.nn  # a later import would hold the group: see leave_group
 import torch.multiprocessing as mp
 from dotenv import load_dotenv
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+# ---- Part 1: the data and the model. Replace what you need to. ----
+
 
 class MyDataset(Dataset):
-    """Random inputs of shape (size,) and labels 0 or 1; train=False: different ones."""
+    """Random inputs of shape (size,), with random labels 0 and 1."""
 
     def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
+        seed = 2 * seed if train else 2 * seed + 1  # different data for validation
+        generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
 
@@ -74,13 +73,13 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch at once. Optional: much faster, if the data is in memory."""
-        rows = torch.LongTensor(indices)  # twice as fast as torch.tensor(indices)
+        """Return a whole batch. Optional: DataLoader calls this if it exists."""
+        rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
 
 class MyModel(nn.Module):
-    """One linear layer: inputs of shape (batch, input_size) to logits (batch, 2)."""
+    """One linear layer, from inputs of shape (batch, input_size) to (batch, 2)."""
 
     def __init__(self, input_size):
         super().__init__()
@@ -91,7 +90,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return the training set and the validation set, the same ones on all ranks."""
+    """Return a training set, and a validation set or None. No rank may differ here."""
     length, size, seed = args.dataset_length, args.input_size, args.seed
     validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
     return MyDataset(length, size, seed), validation_set
@@ -102,779 +101,572 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and how many of its items are correct.
+    """Return the mean loss of a batch, and a dict of sums to report.
 
-    Items are samples, or tokens. In place of the second, any sum over them will do.
-    Call `model` itself, not one of its methods: DDP has to see each forward pass.
+    A sum, such as the number of correct answers, is reported per item. Call `model`
+    itself, and not one of its methods: DDP only sees calls of the model.
     """
     inputs, labels = batch
     outputs = model(inputs)
     loss = nn.functional.cross_entropy(outputs, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def count_items(batch):
-    """Return the number of items (samples, tokens) that compute_loss averages over.
-
-    Samples: return an int. In training, all ranks have the same number, as all batches
-    are full, so no step has to exchange it. Tokens, or whatever ranks can have
-    different numbers of: return a tensor, such as (labels != -100).sum(), never its
-    .item(). In each step, the ranks then add up theirs. `batch` is still in CPU memory.
-    A batch without items gets weight 0. Its loss may be NaN, as only its gradient is
-    used; that has to be finite, as cross_entropy's is.
-    """
+    """Return how many items (samples, or tokens) the loss is the mean of."""
     _, labels = batch
     return len(labels)
 
 
+# Set this to True if count_items can differ between ranks, as token counts do. In each
+# step, the ranks then exchange their counts, so that every item has the same weight.
+COUNTS_DIFFER = False
+
+
 def collate(samples):
-    """Stack a list of samples; keep what __getitems__ returned, a tuple or a dict."""
+    """Make a batch from a list of samples (or from what __getitems__ returned)."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
 
 
 def make_optimizer(model, args):
-    """Return Adam. (The fused one is faster, but refuses complex parameters.)"""
-    fused = all(map(torch.is_floating_point, model.parameters()))
-    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=fused)
+    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
 
 
-def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler, stepped after each of `steps` optimizer steps."""
+def make_scheduler(optimizer, total_steps, args):
+    """Return a learning rate scheduler, to be stepped after each step, or None."""
     return
 
 
-def wrap(model):
-    """Return the model with DDP around it. Add options of DDP here."""
-    # This one keeps gradients where DDP averages them, instead of copying them there.
+def wrap_in_ddp(model):
+    """Return the model with DDP around it. Options of DDP go here."""
+    # This option saves a copy of the gradients.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
+# ---- Part 2: launching the processes, and training both ways. ----
+
+
 def main():
-    load_dotenv()
-    args, store = parse_args()
+    read_env_file()
+    args = parse_args()
+    store = open_store()  # a server that the processes use to find each other
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     share = f" share {args.cores} cores" if kind == "cpu" else ""
-    print(
-        f"{args.world_size} processes{share}, global batch {global_batch:,}", flush=True
-    )
-    try:
-        # DDP 1: launch one process per device. A terminal sends Ctrl-C to all of them.
-        # The new ones inherit that it is ignored; this one ends, and ends the others.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        arguments = args, store.host, store.port
-        processes = mp.spawn(worker, arguments, args.world_size, join=False)
-        signal.signal(signal.SIGINT, handler)
-        while not processes.join():  # raises an error when a process has failed
-            pass
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-        code = getattr(error, "exit_code", None)  # 1 or 2: the process has said why
-        sys.exit(code if code in (1, 2) else f"ddp.py: {error}")
-    finally:
-        for process in mp.active_children():
-            process.kill()
+    line = f"{args.world_size} processes{share}, global batch {global_batch:,}"
+    print(line, flush=True)
+    # DDP 1: launch. Start one process per device. Each calls worker(rank, *arguments).
+    launch(worker, (args, store.host, store.port), args.world_size)
 
 
 def worker(rank, args, host, port):
-    """Run in each process: join the group, compare, leave."""
-    if sys.platform == "linux":  # the kernel kills this process when its parent dies
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if os.getppid() != mp.parent_process().pid:  # the parent has ended already
-        sys.exit(1)
-    # Before Python 3.12, forking a DataLoader worker can hang while a thread of Gloo
-    # frees a message: wait for that first.
-    if sys.version_info < (3, 12):
-        os.register_at_fork(before=lambda: time.sleep(0.05))
-    sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
-    mp.set_start_method(None, force=True)  # for DataLoaders: mp.spawn has set "spawn"
-    # torchrun sets these, too: your definitions may read them.
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(args.world_size)
-    torch.set_num_threads(max(1, args.cores // args.world_size))
-    # DDP 2: own a device, then join the others. They meet in the parent's store.
-    device = choose_device(rank)
+    """Join the other processes, compare, and leave. Runs in each new process."""
+    prepare_process(rank, args)
+    # DDP 2: take a device, then join the other processes, which together are called the
+    # process group. They meet at the store. The backend moves the data that they
+    # exchange: nccl between GPUs, gloo between CPUs.
+    device = choose_device(args, rank)
     if args.definitions:
         use_definitions(args.definitions)
     timeout = timedelta(seconds=args.timeout)
     store = dist.TCPStore(host, port, timeout=timeout)
-    numbers = {"rank": rank, "world_size": args.world_size}
-    dist.init_process_group(args.backend, store=store, timeout=timeout, **numbers)
-    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here, or fails
+    dist.init_process_group(
+        args.backend,
+        store=store,
+        rank=rank,
+        world_size=args.world_size,
+        timeout=timeout,
+    )
+    gather(None)  # a first exchange: this connects them, or fails
     try:
         is_right = compare(args, device, store)
-    except Exception:  # noqa: BLE001, all are shown
-        # mp.spawn shows one error, which can be that of a rank whose peer has failed.
+    except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
         traceback.print_exc()
         sys.exit(1)
-    leave_group()  # DDP 9: leave
+    leave_group()  # DDP 9: leave the process group
     sys.exit(0 if is_right else 1)
 
 
-Way = namedtuple("Way", "model loader training args")  # normal training's, or DDP's
-Training = namedtuple("Training", "optimizer scheduler scaler")
-EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
-
-
 def compare(args, device, store):
-    """Check DDP, then train both ways. Return False if this rank finds DDP wrong."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
-    # when it wraps the model (below), sends rank 0's weights to all ranks.
-    seed_everything(args.seed)
-    dataset, _ = make_datasets(args)  # nothing is validated here
-    model = make_model(args).to(device)
-    check_data(dataset, args, device)
-    ddp_model = wrap(model)  # shares its weights with `model`
-    if any(isinstance(module, nn.SyncBatchNorm) for module in ddp_model.modules()):
-        stop("SyncBatchNorm cannot train normally, on rank 0 alone: take BatchNorm")
-    # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
-    # equally many batches, all full: a few samples are left out, not always the same.
-    options = {"num_replicas": world_size, "seed": args.seed, "drop_last": True}
-    ranks = range(world_size)
-    samplers = [DistributedSampler(dataset, rank=r, **options) for r in ranks]
-    shards = [BatchSampler(each, args.batch_size, drop_last=True) for each in samplers]
-    steps_per_epoch = math.ceil(len(shards[rank]) / args.grad_accum_steps)
-    steps = args.epochs * steps_per_epoch
-    loader = make_loader(dataset, shards[rank], args, device)
-    training = make_training(model, steps, args, device)
-    ways = {"ddp": Way(ddp_model, loader, training, args)}
-    if rank == 0:
-        seed_everything(args.seed)
-        normal_model = make_model(args).to(device)  # not all models can be copied
-        normal_model.load_state_dict(model.state_dict())
-        # A normal step takes the batches that a DDP step takes on all ranks together.
-        normal_args = copy.copy(args)
-        normal_args.grad_accum_steps *= world_size
-        loader = make_loader(dataset, InTurn(shards), args, device)
-        training = make_training(normal_model, steps, args, device)
-        ways["normal"] = Way(normal_model, loader, training, normal_args)
-
-    figures = check(ways, dataset, device, store)
+    """Check DDP, then train both ways. Return whether DDP is right, as far as known."""
+    rank = dist.get_rank()
+    ddp, normal = make_trainers(args, device, store)
+    figures = check_gradients(ddp, normal)
     results = {"normal": [], "ddp": []}  # of each epoch
     for epoch in range(args.epochs):
-        for sampler in samplers:
-            sampler.set_epoch(epoch)  # DDP 5: reshuffle, or all epochs are alike
-        # They take turns in going first, to be fair to both.
-        for name in ["normal", "ddp"] if epoch % 2 == 0 else ["ddp", "normal"]:
-            # For dropout and augmentation: different on each rank, and in each epoch.
-            seed_everything(args.seed + epoch * world_size + rank)
-            if name in ways:
-                # DDP 6 and 7, synchronise and measure globally, are in what this calls.
-                results[name].append(train_epoch(*ways[name], device))
-            wait_for_rank_0(store, f"epoch {epoch}, {name}")
-        if rank == 0:  # DDP 8: rank 0 alone prints results
-            print_epoch(epoch, args.epochs, results["normal"][-1], results["ddp"][-1])
-    # All ranks have equal weights, unless something has trained without DDP.
-    norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
-    warning = "the ranks' weights differ. README: Different weights"
-    figures["same_weights"] = check_same(norms, warning)
-    figures.update(measure_steps(ways, results, steps_per_epoch, dataset, device))
+        # The two ways alternate in going first, so that neither is favoured. While rank
+        # 0 trains normally, the other ranks wait.
+        for way in ("normal", "ddp") if epoch % 2 == 0 else ("ddp", "normal"):
+            if way == "ddp":
+                results["ddp"].append(ddp.train_epoch(epoch))
+            elif rank == 0:
+                results["normal"].append(normal.train_epoch(epoch))
+                say_done(store, f"epoch {epoch}")
+            else:
+                wait_until_done(store, f"epoch {epoch}")
+        if rank == 0:  # DDP 6: only rank 0 prints results
+            print_epoch(epoch, args, results)
+    figures["same_weights"] = compare_weights(ddp.model)
+    figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
-        report(results, figures, args)
-        if args.json:
-            text = json.dumps({**vars(args), **figures})
-            figures_or_null = json.loads(text, parse_constant=lambda _: None)  # no NaN
-            with open(args.json, "w") as file:
-                json.dump(figures_or_null, file, indent=1)
+        report(figures, results, args)
+        say_done(store, "report")
+    wait_until_done(store, "report")
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
-class InTurn:
-    """The first batch of each of these batch samplers, then their second ones, ..."""
-
-    def __init__(self, batch_samplers):
-        self.batch_samplers = batch_samplers
-
-    def __iter__(self):
-        return chain.from_iterable(zip(*self.batch_samplers))
-
-    def __len__(self):
-        return sum(map(len, self.batch_samplers))
-
-
-def train_epoch(model, loader, training, args, device, after_step=None):
-    """Train one epoch, or its rest, with DDP or (in ddp.py) without.
-
-    After each step but the last, rank 0 calls `after_step(batches done)`.
-    """
-    is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
-    metrics, batches_done = Metrics(device), 0
-    batches, num_batches = iter(loader), len(loader)
-    model.train()
-    start = last_print = time.perf_counter()
-    while step_batches := list(islice(batches, args.grad_accum_steps)):
-        # Before the batches are moved, as reading a value from a GPU would wait for it.
-        counts = [as_number(count_items(batch)) for batch in step_batches]
-        train_step(model, step_batches, counts, training, metrics, args, device)
-        batches_done += len(step_batches)
-        del step_batches  # before the next ones are read: faster, if they are large
-        samples = batches_done * args.batch_size * world_size
-        if after_step and rank == 0 and batches_done < num_batches:
-            after_step(batches_done)
-        if rank == 0 and time.perf_counter() - last_print > 5:
-            last_print = time.perf_counter()
-            loss = metrics.loss_sum.item() / max(metrics.items, 1)
-            line = f"  batch {batches_done}/{num_batches}  loss of rank 0 {loss:.4f}"
-            print(f"{line}  {samples / (last_print - start):,.2f} samples/s")
-    loss, accuracy = metrics.means(is_ddp)  # waits for the GPU, so the time is right
-    seconds = time.perf_counter() - start
-    if is_ddp and isinstance(metrics.items, int):
-        check_same(metrics.items, "count_items' ints differ: let it return a tensor")
-    return EpochResult(loss, accuracy, samples, seconds)
+def make_trainers(args, device, store):
+    """Return a trainer that uses DDP and, on rank 0, one that does not (else None)."""
+    # DDP 3: the same data. With the same seed, all ranks make the same dataset. Rank 0
+    # goes first: if it downloads files, the others find them.
+    seed_everything(args.seed)
+    if dist.get_rank() > 0:
+        wait_until_done(store, "data")
+    dataset, _ = make_datasets(args)  # nothing is validated here
+    say_done(store, "data")
+    compare_data(dataset, args)
+    seed_everything(args.seed)
+    model = make_model(args).to(device)
+    # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, when the
+    # loss comes from calling ddp_model, backward() also averages the gradients over the
+    # ranks. So all ranks take the same step, and their weights stay equal.
+    ddp_model = wrap_in_ddp(model)  # shares its weights with model
+    if any(isinstance(module, nn.SyncBatchNorm) for module in ddp_model.modules()):
+        stop(
+            "SyncBatchNorm needs all ranks, and normal training has one: use BatchNorm"
+        )
+    ddp = Trainer(args, device, dataset, model, ddp_model)
+    if dist.get_rank() > 0:
+        return ddp, None
+    seed_everything(args.seed)
+    normal_model = make_model(args).to(device)  # a copy.deepcopy would lose some hooks
+    pairs = zip(normal_model.parameters(), model.parameters())
+    if any(one is other for one, other in pairs):
+        sys.exit("make_model has to return a new model in each call")
+    normal_model.load_state_dict(model.state_dict())
+    return ddp, Trainer(args, device, dataset, normal_model)
 
 
-def as_number(count):
-    """Return an int (equal on all ranks) as it is, a tensor (unequal) as a float."""
-    return count if isinstance(count, int) else float(count)
+def say_done(store, task):
+    store.set(task, "done")
 
 
-def train_step(model, batches, counts, training, metrics, args, device):
-    """Take one optimizer step; with DDP, it is one step of all ranks together."""
-    optimizer, scheduler, scaler = training
-    accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
-    scaler.unscale_(optimizer)
-    if args.max_grad_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    scaler.step(optimizer)  # with the same gradients on all ranks
-    scaler.update()
-    if scheduler:
-        scheduler.step()
-    optimizer.zero_grad()
+def wait_until_done(store, task):
+    """Wait for say_done, however long. (A collective would fail after --timeout.)"""
+    store.wait([task], timedelta(days=20))
 
 
-def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
-    """Compute a step's gradients, over `batches` and, with DDP, the other ranks'.
+EpochResult = namedtuple("EpochResult", "means samples seconds")
 
-    `counts`: the number of items in each batch. `scale`: a function that is applied to
-    each loss, as that of a GradScaler.
-    """
-    is_ddp = hasattr(model, "no_sync")
-    items_per_rank = sum(counts)
-    if is_ddp and not isinstance(counts[0], int):  # unequal numbers: take their mean
-        items_per_rank = torch.full((), sum(counts), dtype=torch.float32, device=device)
-        dist.all_reduce(items_per_rank)  # now the sum over all ranks
-        items_per_rank /= dist.get_world_size()
-    for index, (batch, count) in enumerate(zip(batches, counts)):
-        # DDP 6: synchronise. backward() averages the gradients over all ranks while it
-        # computes them. In no_sync(), which must enclose the forward pass, too, it
-        # averages nothing: once per step is enough.
-        is_last = index == len(counts) - 1
-        with model.no_sync() if is_ddp and not is_last else nullcontext():
-            with autocast(args, device):
-                loss, correct = compute_loss(model, to_device(batch, device))
-            # loss * count is the sum over the batch's items. Divided by items_per_rank,
-            # and averaged over the ranks by DDP, it is the mean over all of the step.
-            weight = count / items_per_rank if count else 0.0
-            scale(loss * weight).backward()
-        metrics.add(loss, correct, count)
+
+class Trainer:
+    """Trains with DDP, as one of several ranks; or normally, if ddp_model is None."""
+
+    def __init__(self, args, device, dataset, model, ddp_model=None):
+        self.args, self.device, self.model = args, device, model
+        self.is_ddp = ddp_model is not None
+        self.model_to_call = ddp_model if self.is_ddp else model
+        # DDP 4: shard. The sampler deals out one shuffled order like cards: sample i
+        # goes to rank i % number of ranks. So the k-th batches of all ranks together
+        # are the samples of the same number of normal batches, if all ranks have whole
+        # batches: here, the samples left over are dropped.
+        self.rank = dist.get_rank() if self.is_ddp else 0
+        self.num_ranks = args.world_size if self.is_ddp else 1
+        size = args.batch_size * args.world_size
+        samples = range(len(dataset) // size * size)
+        self.sampler = DistributedSampler(
+            samples, self.num_ranks, self.rank, seed=args.seed
+        )
+        batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
+        self.loader = make_loader(dataset, batch_sampler, args)
+        # Normal training does the work of all ranks in a step, batch after batch.
+        self.batches_per_step = (
+            args.grad_accum_steps * args.world_size // self.num_ranks
+        )
+        self.num_steps = math.ceil(len(self.loader) / self.batches_per_step)
+        self.optimizer = make_optimizer(model, args)
+        total_steps = args.epochs * self.num_steps
+        self.scheduler = make_scheduler(self.optimizer, total_steps, args)
+        use_scaler = args.precision == "float16"  # for gradients too small for float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
+        self.autocast = make_autocast(args, device)
+
+    def train_epoch(self, epoch):
+        """Train for one epoch. Return an EpochResult."""
+        # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
+        # should differ between epochs and between ranks, too.
+        self.sampler.set_epoch(epoch)
+        seed_everything(self.args.seed + epoch * self.num_ranks + self.rank)
+        metrics = Metrics(self.device)
+        self.model_to_call.train()
+        start = time.perf_counter()
+        batches = iter(self.loader)
+        while step_batches := list(islice(batches, self.batches_per_step)):
+            self.train_step(step_batches, metrics)
+            del step_batches  # frees their memory before the next ones are read
+        means = metrics.means(of_all_ranks=self.is_ddp)  # waits for the GPU
+        seconds = time.perf_counter() - start
+        if self.is_ddp and not COUNTS_DIFFER:
+            warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
+            warn_unless_same(metrics.items, warning)
+        samples = len(self.loader) * self.args.batch_size * self.num_ranks
+        return EpochResult(means, samples, seconds)
+
+    def train_step(self, batches, metrics):
+        """Take one optimizer step on these batches and, with DDP, the other ranks'."""
+        # Batches are counted in CPU memory: to read a number from a GPU would stall it.
+        counts = [float(count_items(batch)) for batch in batches]
+        items_per_rank = sum(counts)
+        if self.is_ddp and COUNTS_DIFFER:
+            items_per_rank = mean_over_ranks(items_per_rank, self.device)
+        self.accumulate_gradients(batches, counts, items_per_rank, metrics)
+        self.scaler.unscale_(self.optimizer)
+        if self.args.max_grad_norm:
+            parameters = self.model.parameters()
+            nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def accumulate_gradients(self, batches, counts, items_per_rank, metrics):
+        """Compute the gradients of the mean loss over all items of a step."""
+        for index, (batch, count) in enumerate(zip(batches, counts)):
+            # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
+            # for all batches but the last. It has to enclose the forward pass, too.
+            skip = self.is_ddp and index < len(batches) - 1
+            with self.model_to_call.no_sync() if skip else nullcontext():
+                with self.autocast:
+                    batch = to_device(batch, self.device, non_blocking=True)
+                    loss, sums = compute_loss(self.model_to_call, batch)
+                # With n equal batches, the weight is 1 / n. If ranks have different
+                # counts, say 10 and 30 items, both divide their sum of losses by the
+                # mean, 20. DDP averages: (sum_0 / 20 + sum_1 / 20) / 2. That is the
+                # sum of all losses / 40, the mean over all items.
+                weight = count / items_per_rank if count else 0.0
+                self.scaler.scale(loss * weight).backward()
+            metrics.add(loss, sums, count)
 
 
 class Metrics:
-    """Adds up what a rank's batches give; at the end, returns means over all ranks."""
+    """Adds up what compute_loss returns; gives means over the items of all ranks."""
 
     def __init__(self, device):
-        # On the device: reading a value there, as .item() does, waits for the GPU.
-        self.loss_sum, self.correct = torch.zeros(2, dtype=torch.float64, device=device)
-        self.items = 0
+        self.zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums, self.items = {}, 0
 
     @torch.no_grad()
-    def add(self, mean_loss, correct, count):
-        self.items += count
-        if count:  # the mean loss of no items is NaN
-            self.loss_sum.add_(mean_loss, alpha=count)
-            self.correct += correct
+    def add(self, mean_loss, sums, count):
+        if count:  # without items, the mean is NaN
+            self.items += count
+            loss_sum = self.zero.add(mean_loss, alpha=count)  # mean_loss * count
+            for name, value in {"loss": loss_sum, **sums}.items():
+                # To read a value, as .item() does, would make the CPU wait for the GPU.
+                self.sums[name] = self.sums.get(name, self.zero) + value
 
-    def means(self, of_all_ranks=True):
-        """Return the mean loss, and the share of items that are correct, 0 to 1."""
-        items = torch.full_like(self.correct, self.items)
-        sums = torch.stack([self.loss_sum, self.correct, items])
-        # DDP 7: measure globally. The mean of rank 0's items is not the mean of all.
-        if of_all_ranks:
-            dist.all_reduce(sums)  # each rank now has the sum over all ranks
-        return (sums[:2] / sums[2]).tolist()
-
-
-def wait_for_rank_0(store, name):
-    """Wait for rank 0, however long it takes. (A collective would end at --timeout.)"""
-    if dist.get_rank() == 0:
-        store.set(name, "done")
-    store.wait([name], timedelta(days=20))
+    def means(self, of_all_ranks):
+        """Return the means, by name. For those of all ranks, all have to call this."""
+        own = {name: value.item() for name, value in self.sums.items()}, self.items
+        # DDP 8: measure globally. The mean of one rank covers only its own samples.
+        items, totals = 0, {}
+        for rank_sums, rank_items in gather(own) if of_all_ranks else [own]:
+            items += rank_items
+            for name, value in rank_sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: total / items for name, total in totals.items()}
 
 
-# Is DDP right? If so, it has normal training's gradients, with the initial weights.
+# ---- Part 3: does DDP compute the right gradients? ----
 
 
-def check(ways, dataset, device, store):
-    """Take the gradients of a step both ways; rank 0 prints whether they are the same.
+def check_gradients(ddp, normal):
+    """Compare DDP's gradients of one batch per rank with those of normal training.
 
-    Nothing is trained or changed. Returns figures, which are complete on rank 0 only.
+    Rank 0 prints whether they are the same. Returns figures. Nothing is trained.
     """
-    args = ways["ddp"].args
-
-    def take(name, backwards=False):
-        way = ways[name]
-        indices = list(islice(way.loader.batch_sampler, way.args.grad_accum_steps))
-        if backwards:
-            indices.reverse()
-        return take_gradients(way.model.train(), dataset, indices, way.args, device)
-
-    if dist.get_rank() == 0:
-        expected = take("normal")
-    wait_for_rank_0(store, "check")
-    found = take("ddp")
-    if dist.get_rank() > 0:
+    # Every rank reads a batch, as in training. Rank 0 gets all of them, and takes one
+    # after the other: so random augmentation is the same both ways. (A batch that is a
+    # view of a large tensor would be sent with all of it. So a copy is sent.)
+    batch = to_device(next(iter(ddp.loader)), "cpu", copy=True)
+    batches = [None] * ddp.num_ranks if ddp.rank == 0 else None
+    dist.gather_object(batch, batches)
+    found = take_gradients(ddp, [batch])
+    if ddp.rank > 0:
         return {"same_gradients": None}
-    # How much may be rounding? (A mistake gives 0.3 or more.) GPUs add up in any order;
-    # bfloat16 and float16 have three digits.
-    limit = 1e-4 if device.type == "cpu" else 1e-2
-    if args.precision != "float32" or any(g.element_size() < 4 for g in expected):
-        limit = 2e-2
-    gaps, lengths = compare_gradients(expected, found)
-    difference = (gaps / lengths).max().item()
+    expected = take_gradients(normal, batches)
+    difference, name = largest_difference(expected, found)
+    # In float32 on CPUs, rounding makes a difference of up to 1e-5. The mistakes that
+    # we tried made one of 0.05 or more.
+    is_low = ddp.args.precision != "float32"
+    is_low = is_low or any(gradient.element_size() < 4 for gradient in found.values())
+    limit = 1e-2 if is_low or ddp.device.type == "cuda" else 1e-3
     same = difference < limit
-    if not same:
-        # A gradient that should be 0, as of a bias before BatchNorm, is only rounding
-        # noise. Take normal training's gradients again, with its batches in reverse:
-        # that gives only noise, too. Forgive gaps up to 10 times the largest, or 1e-7
-        # of all gradients' length. If noise is too large, or NaN, one cannot tell.
-        noise = compare_gradients(expected, take("normal", backwards=True))[0].max()
-        whole = lengths.norm()
-        gaps = (gaps - torch.maximum(10 * noise, 1e-7 * whole)).clamp(min=0)
-        difference = (gaps / lengths).max().item()
-        same = difference < limit if noise < limit * whole else None
-    off = f"normal training's ({difference:.1g} off)."
-    verdicts = {
-        True: f"DDP is right: its gradients are {off}",
-        False: f"DDP is WRONG: its gradients are not {off} README: Wrong.",
-        None: "Cannot tell if DDP is right: normal training, repeated, has other"
-        " gradients, or infinite ones. README: Not repeatable.",
+    if not same:  # Does normal training itself give the same gradients again?
+        repeated, _ = largest_difference(expected, take_gradients(normal, batches))
+        is_beyond_noise = repeated < 0.1 and difference > 10 * repeated
+        same = False if is_beyond_noise else None  # None: one cannot tell
+    texts = {
+        True: "DDP is right: its gradients match those of normal training (largest"
+        f" relative difference: {difference:.1g}).",
+        False: "DDP is WRONG: its gradients differ from those of normal training, by"
+        f" {difference:.1g} of their length in {name}. README: Wrong.",
+        None: "Cannot tell if DDP is right: even normal training, done twice, gives"
+        " different gradients, or infinite ones. README: Not repeatable.",
     }
-    print_wrapped(verdicts[same])
-    mixes = mixes_samples(ways["normal"].model, dataset, args, device)
-    if same and mixes:
-        text = "Samples of a batch affect each other, as with BatchNorm: so DDP does"
-        print_wrapped(f"{text} not train as one large batch would. README: Mixing.")
-    size = sum(gradient.nbytes for gradient in expected)
+    print_wrapped(texts[same])
+    size = sum(gradient.nbytes for gradient in expected.values())
     figures = {"same_gradients": same, "gradient_difference": difference}
-    return {**figures, "mixes_samples": mixes, "gradient_bytes": size}
+    return {**figures, "differs_most": name, "gradient_bytes": size}
 
 
-def compare_gradients(expected, found):
-    """Return, for each parameter, how far gradients are apart and how long they are."""
-    gaps = [(one - other).norm().item() for one, other in zip(expected, found)]
-    lengths = [gradient.norm().item() for gradient in expected]
-    return torch.tensor(gaps), torch.tensor(lengths).clamp(min=1e-30)
+def take_gradients(trainer, batches):
+    """Return the gradients of a step, by parameter. The model stays as it was.
 
-
-class Seeded(Dataset):
-    """Reads a dataset with seeded augmentation, so that all ranks read the same."""
-
-    def __init__(self, dataset, seed=0):
-        self.dataset, self.seed = dataset, seed
-
-    def __getitems__(self, indices):
-        if hasattr(self.dataset, "__getitems__"):
-            seed_everything(indices[0] + self.seed)  # another batch, other numbers
-            samples = self.dataset.__getitems__(indices)
-        else:
-            samples = []
-            for index in indices:
-                seed_everything(index)  # in any batch, the same numbers
-                samples.append(self.dataset[index])
-        seed_everything(self.seed)  # for collate
-        return samples
-
-
-def take_gradients(model, dataset, batch_indices, args, device, seed=0):
-    """Return the gradients of a step, in CPU memory. The model stays as it was.
-
-    They can be repeated: before each batch, random numbers (dropout) start anew, and
-    what changes without training (BatchNorm's statistics) gets its first values again.
+    Before each batch, random numbers (as for dropout) start anew, and what changes
+    without training (BatchNorm's statistics) gets its first values again. So it does
+    not matter which rank takes a batch, or in which order.
     """
+    model = trainer.model
 
     def untrained():  # by name, as a forward pass may replace a buffer
         named = chain(model.named_parameters(), model.named_buffers())
         return {name: value for name, value in named if not value.requires_grad}
 
-    first = {name: value.detach().clone() for name, value in untrained().items()}
+    saved = {name: value.clone() for name, value in untrained().items()}
 
     def reset():
-        seed_everything(seed)
+        seed_everything(trainer.args.seed)
         for name, value in untrained().items():
-            value.data = first.get(name, value).clone()
+            if name in saved:  # a forward pass may have added it
+                value.data = saved[name].clone()
 
-    def reset_before_each():
-        for batch in batches:
-            reset()
-            yield batch
-
-    batches = list(make_loader(Seeded(dataset, seed), batch_indices, args, device))
-    counts = [as_number(count_items(batch)) for batch in batches]
-    # With DDP, a loss is divided by the items of one rank: it is world_size times as
-    # large, until DDP averages the gradients. Do the same in normal training here: or
-    # float16 and bfloat16 would round differently.
-    factor = 1 if hasattr(model, "no_sync") else dist.get_world_size()
-    more = (lambda loss: factor * loss), Metrics(device), args, device
-    try:
-        accumulate_gradients(model, reset_before_each(), counts, *more)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        return [(gradient.to_dense() / factor).cpu() for gradient in taken]
-    finally:
-        model.zero_grad()
+    # Weigh each batch as its rank does with DDP, which then divides the sum by the
+    # number of ranks. For normal training, the end of this function does that. (So low
+    # precision rounds in the same way.)
+    counts = [float(count_items(batch)) for batch in batches]
+    items_per_rank = sum(counts) / len(batches)
+    if trainer.is_ddp and COUNTS_DIFFER:
+        items_per_rank = mean_over_ranks(items_per_rank, trainer.device)
+    scaler, trainer.scaler = trainer.scaler, torch.amp.GradScaler(enabled=False)
+    trainer.model_to_call.train()
+    for batch, count in zip(batches, counts):
         reset()
+        batch = copy.copy(batch)  # compute_loss may take it apart
+        metrics = Metrics(trainer.device)
+        trainer.accumulate_gradients([batch], [count], items_per_rank, metrics)
+    reset()
+    trainer.scaler = scaler
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            gradients[name] = gradient.detach().to_dense().cpu() / len(batches)
+    model.zero_grad()
+    return gradients
 
 
-def mixes_samples(model, dataset, args, device):
-    """Return whether samples of a batch affect each other; None if that cannot be told.
+def largest_difference(expected, found):
+    """Return the largest relative difference of two gradients, and the name there.
 
-    If they do not, a batch has the same gradient as its parts, and several batches
-    train as a large one does.
+    It is relative to the length of a parameter's gradient or, if that is nearly 0 (as
+    for a bias before BatchNorm), to a thousandth of the length of all gradients.
     """
-    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
-    if any(isinstance(module, kinds) for module in model.modules() if module.training):
-        return True
-    args = copy.copy(args)
-    args.precision = "float32"
-
-    def take(*batch_indices, seed=0):
-        return take_gradients(model.eval(), dataset, batch_indices, args, device, seed)
-
-    def differ(expected, found):
-        gaps, lengths = compare_gradients(expected, found)
-        return bool((gaps / lengths.maximum(1e-3 * lengths.norm())).max() > 1e-2)
-
-    size = 2 * min(len(dataset) // 2, args.batch_size, 8)
-    part = min(2, size // 2)
-    try:
-        whole = take(range(size))
-        if differ(whole, take(range(size), seed=1)):  # there is other randomness
-            return None
-        return differ(whole, take(*[range(i, i + part) for i in range(0, size, part)]))
-    except Exception:  # noqa: BLE001, not every model has a loss in evaluation mode
-        return None
-    finally:
-        model.train()
+    lengths = {name: gradient.norm().item() for name, gradient in expected.items()}
+    smallest = max(1e-3 * math.hypot(*lengths.values()), 1e-30)
+    differences = {}
+    for name, length in lengths.items():
+        difference = (found[name] - expected[name]).norm().item()
+        difference /= max(length, smallest)
+        differences[name] = difference if math.isfinite(difference) else math.inf
+    name = max(differences, key=differences.get)
+    return differences[name], name
 
 
-# Is it faster? And if not, why not?
+# ---- Part 4: is DDP faster? If not, why not? ----
 
 
-def print_epoch(epoch, epochs, normal, ddp):
-    """Print a line with an epoch of both trainings, side by side."""
-    if epoch == 0:
-        print(f"{'':9}{'normal':>31}{'DDP':>31}")
-        print(f"{'epoch':>9}" + "     loss  accuracy   samples/s" * 2 + " speedup")
-    line = f"{f'{epoch + 1}/{epochs}':>9}"
-    for result in (normal, ddp):
-        rate = result.samples / result.seconds
-        line += f"{result.loss:9.4f}{result.accuracy:10.1%}{rate:12,.1f}"
-    print(f"{line}{normal.seconds / ddp.seconds:8.2f}")
+def print_epoch(epoch, args, results):
+    """Print the last results of both ways, one below the other."""
+    normal, ddp = results["normal"][-1], results["ddp"][-1]
+    print(f"epoch {epoch + 1}/{args.epochs}")
+    for name, result in (("normal", normal), ("DDP", ddp)):
+        rate = f"{result.samples / result.seconds:,.1f} samples/s"
+        print(f"  {name:6}  {as_text(result.means)}  {rate}")
 
 
-def measure_steps(ways, results, steps_per_epoch, dataset, device):
-    """Return the ms of a normal step, and of a DDP step's parts. Spoils the weights.
+def median_step_ms(results, num_steps):
+    """Return the ms of a step in the median epoch. The first epoch only warms up."""
+    return (
+        1000 * median(result.seconds for result in results[1:] or results) / num_steps
+    )
 
-    Steps are timed with batches that are on the device already, with and without
-    averaging gradients: that is sync. What a step of the epochs took beyond is data.
+
+def measure_step(ddp, results):
+    """Return the ms that a DDP step needs to read data, to compute, and to synchronise.
+
+    All ranks have to call this. It spoils the weights.
     """
-    step_ms = {}  # of the median epoch; the first one warms up
-    for name in ways:
-        seconds = [result.seconds for result in results[name][1:] or results[name]]
-        step_ms[name] = 1000 * statistics.median(seconds) / steps_per_epoch
-    repeats = [max(2, round(400 / step_ms["ddp"]))]  # for nearly half a second
-    dist.broadcast_object_list(repeats, 0)  # rank 0's, for all
-    args = ways["ddp"].args
-
-    def time_steps_of(name, batch_indices):
-        model, _, training, _ = ways[name]  # but with DDP's grad_accum_steps
-        return time_steps(
-            model, dataset, batch_indices, repeats[0], training, args, device
-        )
-
-    # The batches of up to four steps, as they can differ in size.
-    num_batches = args.grad_accum_steps * min(repeats[0], 4)
-    batch_indices = list(islice(ways["ddp"].loader.batch_sampler, num_batches))
-    # The smaller one, as noise could make a part negative.
-    synced_ms = min(time_steps_of("ddp", batch_indices), step_ms["ddp"])
-    with ways["ddp"].model.no_sync():  # of all batches: weights drift apart from here
-        compute_ms = min(time_steps_of("ddp", batch_indices), synced_ms)
-    parts = {"data": step_ms["ddp"] - synced_ms, "compute": compute_ms}
-    parts["sync"] = synced_ms - compute_ms
-    figures = {"ddp_step_ms": parts, "normal_step_ms": step_ms.get("normal")}
-    figures["large_batch_step_ms"] = None
-    if "normal" in ways and device.type == "cuda":
-        # One device might take a batch as large as those of all ranks together. (Not
-        # tried on a CPU, which can run out of memory without an exception.)
-        batch_indices = [range(args.batch_size * args.world_size)]
-        batch_indices *= args.grad_accum_steps
-        with suppress(torch.cuda.OutOfMemoryError):
-            figures["large_batch_step_ms"] = time_steps_of("normal", batch_indices)
-    return figures
+    whole_ms = median_step_ms(results, ddp.num_steps)
+    repeats = [max(2, round(400 / whole_ms))]  # nearly half a second
+    dist.broadcast_object_list(repeats, 0)  # all ranks take the number of rank 0
+    batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
+    # Time steps without reading, then also without exchanging anything. The differences
+    # are the parts. (Because of noise, no time may be longer than the one before.)
+    unread_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
+    ddp.is_ddp = False
+    with ddp.model_to_call.no_sync():
+        compute_ms = min(time_steps(ddp, batches, repeats[0]), unread_ms)
+    parts = {"data": whole_ms - unread_ms, "compute": compute_ms}
+    parts["sync"] = unread_ms - compute_ms
+    figures = {"steps_per_epoch": ddp.num_steps, "ddp_step_ms": parts}
+    return {**figures, "compute_ms_by_rank": gather(compute_ms)}
 
 
-def time_steps(model, dataset, batch_indices, repeats, training, args, device):
-    """Return the mean ms of an optimizer step on these batches, without reading."""
-    batches = list(make_loader(dataset, batch_indices, args, device))
-    counts = [as_number(count_items(batch)) for batch in batches]
-    batches = [to_device(batch, device) for batch in batches]
-    training = training._replace(scheduler=None)  # it has done all its steps
-    metrics, starts = Metrics(device), range(0, len(batches), args.grad_accum_steps)
-    for number, start in zip(range(repeats + 1), cycle(starts)):
-        if number == 1:  # the first step warms up
-            metrics.loss_sum.item()  # waits for the GPU
-            begin = time.perf_counter()
-        step = slice(start, start + args.grad_accum_steps)
-        copies = [copy.copy(batch) for batch in batches[step]]  # compute_loss may pop
-        train_step(model, copies, counts[step], training, metrics, args, device)
-    metrics.loss_sum.item()
-    return 1000 * (time.perf_counter() - begin) / repeats
+def time_steps(trainer, batches, repeats):
+    """Return the mean ms of a step on batches that have been read already."""
+    size = trainer.batches_per_step
+    steps = [batches[i : i + size] for i in range(0, len(batches), size)]
+    trainer.scheduler = None  # it has done all of its steps
+    metrics = Metrics(trainer.device)
+    for repeat in range(repeats + 1):
+        if repeat == 1:  # the first step warmed up
+            metrics.means(of_all_ranks=False)  # waits for the GPU
+            start = time.perf_counter()
+        step = [copy.copy(batch) for batch in steps[repeat % len(steps)]]
+        trainer.train_step(step, metrics)
+    metrics.means(of_all_ranks=False)
+    return 1000 * (time.perf_counter() - start) / repeats
 
 
-def report(results, figures, args):
-    """Complete the figures; print times, where a step's time goes, and the verdict."""
+def report(figures, results, args):
+    """Print times, where a step's time goes, and a verdict. Write --json."""
     for name, way in (("Normal", "normal"), ("DDP", "ddp")):
-        seconds = figures[f"{way}_seconds"] = sum(r.seconds for r in results[way])
-        print(f"{name} training time: {seconds:.2f} seconds")
-        figures[way] = results[way][-1]._asdict()
+        figures[way] = [result._asdict() for result in results[way]]
+        figures[f"{way}_seconds"] = sum(result.seconds for result in results[way])
+        print(f"{name} training time: {figures[f'{way}_seconds']:.2f} seconds")
+    parts = figures["ddp_step_ms"]
+    ddp_ms = sum(parts.values())
     pairs = list(zip(results["normal"], results["ddp"]))
     ratios = [normal.seconds / ddp.seconds for normal, ddp in pairs[1:] or pairs]
-    parts = figures["ddp_step_ms"]
-    normal_ms, ddp_ms = figures["normal_step_ms"], sum(parts.values())
-    figures.update(speedup=normal_ms / ddp_ms, speedup_range=[min(ratios), max(ratios)])
-    print(f"\nA step takes {normal_ms:.2f} ms normally, {ddp_ms:.2f} with DDP:")
+    normal_ms = median_step_ms(results["normal"], figures["steps_per_epoch"])
+    figures["normal_step_ms"], figures["speedup"] = normal_ms, normal_ms / ddp_ms
+    figures["speedup_range"] = [min(ratios), max(ratios)]
+    print(f"\nA step takes {normal_ms:.2f} ms normally, and {ddp_ms:.2f} ms with DDP:")
     for part, ms in parts.items():
         print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / ddp_ms)}")
     print(f"(sync averages {figures['gradient_bytes']:,} bytes of gradients)")
-    if figures["large_batch_step_ms"]:
-        size, ms = args.batch_size * args.world_size, figures["large_batch_step_ms"]
-        print(f"One device, with batches of {size:,}: {ms:.2f} ms, without data")
-    print_wrapped(verdict(figures, len(ratios), args))
+    print_wrapped(verdict(figures, args))
+    if args.json:
+        figures["torch"] = torch.__version__
+        figures["device"] = "cpu"
+        if torch.cuda.is_available():
+            figures["device"] = torch.cuda.get_device_name()
+        text = json.dumps({**vars(args), **figures})
+        figures = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
+        with open(args.json, "w") as file:
+            json.dump(figures, file, indent=1)
 
 
-def verdict(figures, num_ratios, args):
-    """Return in words what the figures show, why, and what would help."""
-    speedup, (slowest, fastest) = figures["speedup"], figures["speedup_range"]
-    data, compute, sync = figures["ddp_step_ms"].values()
-    unsynced, normal_ms = data + compute, figures["normal_step_ms"]
+def verdict(figures, args):
+    """Return in words whether DDP is faster and, if not, what would help."""
+    speedup, (lowest, highest) = figures["speedup"], figures["speedup_range"]
     how = "DDP makes no clear difference"
-    if num_ratios == 1:
+    if len(figures["ddp"]) <= 2:
         how = "Too few epochs to tell"
-    elif slowest > 1 and speedup > 1.1 and args.world_size > 1:
+    elif lowest > 1 and speedup > 1.1:
         how = "DDP is faster"
-    elif fastest < 1 and speedup < 0.9:
+    elif highest < 1 and speedup < 0.9:
         how = "DDP is slower"
-    text = f"{how}: {speedup:.2f} times the speed of normal training ({slowest:.2f} to"
-    text += f" {fastest:.2f} in single epochs)"
-    if args.world_size == 1:
-        return f"{text}. One process cannot be faster."
-    text += f", where {args.world_size} would be ideal."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
+    used = "one GPU" if gpus else f"{args.threads} of {args.cores} cores"
+    text = f"{how}: {speedup:.2f} times the speed of normal training ({lowest:.2f} to"
+    text += f" {highest:.2f} per epoch), which had one process on {used} and batches of"
+    text += f" {args.batch_size}."
+    if args.world_size == 1:
+        return f"{text} With one process, DDP cannot be faster."
+    text += f" {args.world_size} times would be ideal."
     if args.world_size > devices:
-        text += f" {args.world_size} processes share {devices} {kind}"
-        return f"{text}: start no more."
+        text += f" {args.world_size} processes share {devices} {kind}: start at most"
+        return f"{text} {devices}."
+    if gpus:
+        size = args.world_size * args.batch_size
+        text += " One GPU may be faster with larger batches: --world_size 1"
+        text += f" --batch_size {size} shows it."
+    data, compute, sync = figures["ddp_step_ms"].values()
+    by_rank = figures["compute_ms_by_rank"]
+    slowest, usual = max(by_rank), median_low(by_rank)
+    if slowest > 1.2 * usual and slowest - usual > sync / 2:
+        text += (
+            f" Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times as"
+        )
+        return f"{text} long as the others, which wait for it."
     if data > max(compute, sync):
-        return f"{text} Loading costs most: try --num_workers {args.num_workers + 2}."
-    if unsynced >= 4 * sync:  # synchronising takes a fifth of a step, or less
-        return text
-    # How much more work for each synchronisation makes it a fifth?
-    factor = next((f for f in (2, 4, 8) if f * unsynced >= 4 * sync), None)
-    if factor is None or normal_ms < 1.3 * unsynced:  # that would not gain much
-        text += f" There is too little work to share ({unsynced:.2f} ms, for {sync:.2f}"
-        return f"{text} ms of sync): use a larger batch or model."
-    # Both ways then have `factor` times the work in a step, but sync stays as it is.
-    gain = factor * normal_ms / (factor * unsynced + sync)
-    text += f" About {gain:.1f} with --grad_accum_steps"
-    text += f" {factor * args.grad_accum_steps} or, if it fits, --batch_size"
-    text += f" {factor * args.batch_size}: the global batch becomes {factor} times as"
-    return f"{text} large, so mind the learning rate."
+        workers = args.num_workers + 2
+        return f"{text} Loading data takes longest: try --num_workers {workers}."
+    if sync < 0.2 * (data + compute + sync):
+        return f"{text} Most of a step is computing, as it should be."
+    # With n times the batches in a step, all but sync takes n times as long.
+    normal_ms, accum = figures["normal_step_ms"], args.grad_accum_steps
+    gains = {n: n * normal_ms / (n * (data + compute) + sync) for n in (2, 4, 8)}
+    if gains[8] < 1.1:
+        return f"{text} There is too little work to share: use a larger model or batch."
+    text += " Averaging gradients takes much of a step. The speedup would be about"
+    text += (
+        f" {gains[2]:.1f} with --grad_accum_steps {2 * accum}, and {gains[4]:.1f} with"
+    )
+    text += f" {4 * accum}. Both enlarge the global batch, so mind the learning rate."
+    return text
 
 
 def print_wrapped(text):
     print(textwrap.fill(text, 80, break_on_hyphens=False))
 
 
-# Helpers. Most are shared with torchrun_ddp.py.
-
-
-def choose_device(local_rank):
-    """Return this process's GPU, shared if there are too few, or else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)  # first of all, or each rank takes memory on GPU 0
-    return device
-
-
-def use_definitions(path):
-    """Let what this Python file defines take the place of the definitions above."""
-    names = "MyDataset MyModel make_datasets make_model compute_loss count_items"
-    names = f"{names} collate make_optimizer make_scheduler wrap".split()
-    folder, file = os.path.split(os.path.abspath(path))
-    sys.path.insert(0, folder)  # so that it can import its neighbours
-    module = importlib.import_module(os.path.splitext(file)[0])
-    found = {name: vars(module)[name] for name in names if name in vars(module)}
-    globals().update(found)
-    if not found and os.environ["RANK"] == "0":  # then the others are ended
-        print(f"{path} defines none of {', '.join(names)}", file=sys.stderr)
-        sys.exit(2)
-    if os.environ["RANK"] == "0":
-        print(f"From {path}: {', '.join(found)}")
-
-
-def seed_everything(seed):
-    """Seed all that draws random numbers: PyTorch, Python, and NumPy if it is used."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
-def check_data(dataset, args, device):
-    """Check that all ranks read the same data, as far as eight samples can tell."""
-    length = len(dataset)
-    if not check_same(length):
-        stop(f"{length} samples, but not on all ranks. README: Different data")
-    if length < args.batch_size * dist.get_world_size():
-        stop(f"{length} samples are too few: no rank would have a whole batch")
-    # Compare eight samples, which all ranks read as in training, with equal random
-    # numbers: their repr, without the addresses of objects in it.
-    seed_everything(args.seed)
-    indices = [number * (length - 1) // 7 for number in range(8)]
-    samples = next(iter(make_loader(dataset, [indices], args, device)))
-    text = re.sub("0x[0-9A-Fa-f]+", "", repr(samples))
-    check_same(text, "the ranks read different samples. README: Different data")
-
-
-def check_same(value, warning=""):
-    """Return whether all ranks, which must all call this, have one value; else warn."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
-    same = len(set(values)) == 1
-    if warning and not same and dist.get_rank() == 0:
-        print(f"WARNING: {warning}")
-    return same
-
-
-def leave_group():
-    """Leave the process group, in such a way that Gloo does not abort or hang."""
-    gc.collect()  # the DDP model, in a reference cycle, holds it: pytorch issue 190489
-    time.sleep(0.1)  # a thread of Gloo may be freeing the last message
-    dist.destroy_process_group()
-
-
-def stop(reason):
-    """Say why, leave the group, and end. All ranks have to call this."""
-    print(reason, file=sys.stderr, flush=True)
-    leave_group()
-    sys.exit(1)
-
-
-def make_loader(dataset, batch_sampler, args, device):
-    """Return a DataLoader of the batches whose indices `batch_sampler` gives."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        timeout=args.timeout if args.num_workers else 0,
-        persistent_workers=args.num_workers > 0,  # or each epoch starts them again
-        pin_memory=device.type == "cuda",  # non_blocking copies need it
-    )
-
-
-def autocast(args, device):
-    """Return a context in which PyTorch computes in --precision where that is safe."""
-    if args.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, args.precision))
-
-
-def to_device(batch, device):
-    """Return a batch, whatever it is made of, with its tensors on `device`."""
-    if callable(getattr(type(batch), "to", None)):  # a tensor, a graph, ...
-        try:
-            return batch.to(device, non_blocking=True)
-        except TypeError:  # a tokenizer's batch, before transformers 4.48
-            return batch.to(device)
-    if isinstance(batch, dict) or hasattr(batch, "__dataclass_fields__"):
-        moved = copy.copy(batch)  # of the same type
-        fields = moved if isinstance(batch, dict) else vars(moved)
-        for key, value in list(fields.items()):
-            fields[key] = to_device(value, device)
-        return moved
-    if isinstance(batch, (list, tuple)):
-        parts = [to_device(part, device) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+# ---- Part 5: flags, helpers and guards. ----
 
 
 def parse_flags(parser):
-    """Add the flags of both scripts; return all arguments, or exit with code 2."""
-    numbers = [  # with their smallest values
+    """Add the flags that both scripts have, and return all arguments."""
+    numbers = [  # with their defaults and smallest values
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
         ("--learning_rate", 0.01, 0, "of Adam"),
-        ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not"),
+        ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
         ("--dataset_length", 20000, 1, "samples in the dataset"),
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds that a rank waits for others or workers"),
+        ("--timeout", 600.0, 1, "seconds to wait for another rank, or for a worker"),
     ]
-    add, gpus = parser.add_argument, torch.cuda.is_available()
+    add, has_gpu = parser.add_argument, torch.cuda.is_available()
     for flag, default, _, help in numbers:
-        help += f" (default: {default})"
+        help = f"{help} (default: {default})"
         add(flag, type=type(default), default=default, metavar="N", help=help)
-    kinds = ["float32", "bfloat16", "float16"]
-    help = "bfloat16: A100, RTX 30 and newer, CPUs; float16: older GPUs, as T4, V100"
-    add("--precision", choices=kinds, default=kinds[0], help=help)
-    backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
-    help = f"nccl needs a GPU per process; gloo lets them share (default: {backend})"
-    add("--backend", choices=["nccl", "gloo"], default=backend, help=help)
-    add("--definitions", metavar="FILE", help="Python file with your MyDataset, ...")
+    precisions = ["float32", "bfloat16", "float16"]
+    add("--precision", choices=precisions, default="float32")
+    backend = "nccl" if has_gpu and dist.is_nccl_available() else "gloo"
+    add("--backend", choices=["nccl", "gloo"], default=backend)
+    help = "Python file with your versions of the definitions in part 1"
+    add("--definitions", metavar="FILE", help=help)
     args = parser.parse_args()
-    for flag, _, minimum, _ in numbers:
-        if not minimum <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
-            parser.error(f"{flag} must be a number from {minimum}")
-    if args.backend == "nccl" and not gpus:
-        parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    file = args.definitions or ""
-    name = os.path.splitext(os.path.basename(file))[0]
-    if file and (not os.path.isfile(file) or name in sys.modules):
-        parser.error(f"--definitions {file}: no such file, or a module has its name")
+    for flag, _, smallest, _ in numbers:
+        if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
+            parser.error(f"{flag} must be a number from {smallest}")
+    file = args.definitions or "none.py"
+    module, _, ending = os.path.basename(file).partition(".")
+    if args.definitions and (ending != "py" or not os.path.isfile(file)):
+        parser.error(f"--definitions {file}: there is no such file NAME.py")
+    if module in sys.modules:
+        parser.error(f"--definitions {file}: a loaded module has that name")
     return args
-
-
-def make_training(model, steps, args, device):
-    """Return what train_step needs besides a model. (The scheduler can be None.)"""
-    optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
-    return Training(optimizer, make_scheduler(optimizer, steps, args), scaler)
-
-
-def open_store(parser):
-    """Return the ranks' store, at MASTER_ADDR and MASTER_PORT (default: a free one)."""
-    address = os.environ.get("MASTER_ADDR") or "localhost"
-    port = os.environ.get("MASTER_PORT") or "0"
-    try:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        server = socket.create_server((address, int(port)), family=family)
-    except (OSError, OverflowError, ValueError) as reason:
-        parser.error(f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
-    host, port = server.getsockname()[:2]
-    # Given this socket, the store listens at this address only. (libuv, the default,
-    # cannot take one in PyTorch 2.6.)
-    given = {"master_listen_fd": server.detach(), "use_libuv": False}
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, **given)
 
 
 def parse_args():
@@ -887,18 +679,236 @@ def parse_args():
     args = parse_flags(parser)
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     args.cores = len(affinity(0))  # on Linux, those that this process may use
+    args.threads = max(1, args.cores // max(1, args.world_size))
     most = max(16, args.cores, gpus)
     if not 1 <= args.world_size <= most:
         parser.error(f"--world_size must be from 1 to {most}")
-    too_few = args.world_size > gpus and "NCCL_MULTI_RANK_GPU_ENABLE" not in os.environ
-    if args.backend == "nccl" and too_few:
-        parser.error("fewer GPUs than processes: --backend gloo lets them share")
-    if args.json:
+    return args
+
+
+def use_definitions(path):
+    """Replace the definitions of part 1 by those in this Python file."""
+    names = ["MyDataset", "MyModel", "make_datasets", "make_model", "compute_loss"]
+    names += ["count_items", "COUNTS_DIFFER", "collate", "make_optimizer"]
+    names += ["make_scheduler", "wrap_in_ddp"]
+    folder, file = os.path.split(os.path.abspath(path))
+    sys.path.insert(0, folder)  # so that it can import its neighbours
+    module = importlib.import_module(os.path.splitext(file)[0])
+    found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    globals().update(found)  # as if they had been written here
+    if os.environ["RANK"] == "0":
+        print(f"From {path}: {', '.join(found) or 'none of ' + ', '.join(names)}")
+    if not found:
+        sys.exit(2)
+
+
+def make_loader(dataset, batch_sampler, args):
+    """Return a DataLoader. A batch sampler gives a list of indices for each batch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,  # do not start them in every epoch
+        timeout=args.timeout if args.num_workers else 0,
+        pin_memory=torch.cuda.is_available(),  # for copies that overlap with computing
+    )
+
+
+def seed_everything(seed):
+    """Seed PyTorch, Python and, if it has been imported, NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def choose_device(args, local_rank):
+    """Return the GPU of this process, or the CPU. With gloo, they can share GPUs."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
+    if local_rank >= gpus and not can_share:
+        problem = (
+            f"--backend nccl needs a GPU for each process. This machine has {gpus}"
+        )
+        print(f"{problem}: use --backend gloo, or fewer processes", file=sys.stderr)
+        sys.exit(2)
+    if gpus == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % gpus)
+    torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
+    return device
+
+
+def make_autocast(args, device):
+    """Return a context in which PyTorch computes in --precision where that is safe."""
+    if args.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, args.precision))
+
+
+def to_device(batch, device, **options):
+    """Return a batch with its tensors on `device`. Options are those of Tensor.to()."""
+    if callable(getattr(type(batch), "to", None)):  # a tensor, a graph, ...
         try:
-            open(args.json, "a").close()
-        except OSError as reason:
-            parser.error(f"--json: {reason}")
-    return args, open_store(parser)
+            return batch.to(device, **options)
+        except TypeError:  # it does not know these options
+            return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: to_device(batch[key], device, **options) for key in batch}
+    if dataclasses.is_dataclass(batch):
+        parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **to_device(parts, device, **options))
+    if isinstance(batch, (list, tuple)):
+        parts = [to_device(part, device, **options) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def gather(value):
+    """Return a list of the values of all ranks. All ranks have to call this."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def warn_unless_same(value, warning):
+    """Return whether all ranks have one value, or warn. All ranks have to call this."""
+    is_same = len(set(gather(str(value)))) == 1  # as text, because NaN != NaN
+    if not is_same and dist.get_rank() == 0:
+        print(f"WARNING: {warning}")
+    return is_same
+
+
+def mean_over_ranks(number, device):
+    """Return a tensor, the mean over all ranks. All ranks have to call this."""
+    total = torch.full((), number, device=device)
+    dist.all_reduce(total)  # now it is the sum over all ranks
+    return total / dist.get_world_size()
+
+
+def as_text(means):
+    return "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+
+
+def read_env_file():
+    """Read .env, if there is one in the folder of this script."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    try:
+        load_dotenv(path)
+    except UnicodeDecodeError as reason:
+        exit_with_usage_error(f"{path}: {reason}")
+
+
+def open_store():
+    """Return a store that listens at MASTER_ADDR and MASTER_PORT only.
+
+    The default is a free port of this machine.
+    """
+    address = os.environ.get("MASTER_ADDR") or "localhost"
+    port = os.environ.get("MASTER_PORT") or "0"
+    try:
+        server = socket.create_server((address, int(port)))
+    except (OSError, OverflowError, ValueError) as reason:
+        exit_with_usage_error(f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}")
+    host, port = server.getsockname()
+    # (libuv, the default, cannot take a socket in PyTorch 2.6.)
+    given = {"master_listen_fd": server.detach(), "use_libuv": False}
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, **given)
+
+
+def exit_with_usage_error(reason):
+    print(f"ddp.py: error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def launch(function, arguments, num_processes):
+    """Run mp.spawn. End with code 130 after Ctrl-C, or with a failed process's code."""
+    try:
+        # The new processes inherit that Ctrl-C is ignored: this one ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        processes = mp.spawn(function, arguments, num_processes, join=False)
+        signal.signal(signal.SIGINT, handler)
+        while not processes.join():  # raises an error if a process has failed
+            pass
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        code = getattr(error, "exit_code", None)  # 1 or 2: the process has said why
+        sys.exit(code if code in (1, 2) else f"ddp.py: {error}")
+    finally:
+        for process in mp.active_children():
+            process.kill()
+
+
+# Guards. Each prevents a failure, or reports one that nobody would notice.
+
+
+def compare_data(dataset, args):
+    """Stop if the ranks' datasets differ in length; warn if some samples differ."""
+    length, lengths = len(dataset), gather(len(dataset))
+    if len(set(lengths)) > 1:
+        stop(f"the ranks have {lengths} samples. README: Different data")
+    if length < args.batch_size * dist.get_world_size():
+        stop(f"{length} samples are too few: some rank would not have a whole batch")
+    seed_everything(args.seed)  # so that all ranks draw the same augmentation
+    number = min(args.batch_size, 8)  # as many samples as collate can surely combine
+    indices = [i * (length - 1) // number for i in range(1, number + 1)]
+    batch = next(iter(make_loader(dataset, [indices], args)))
+    file = io.BytesIO()
+    torch.save(to_device(batch, "cpu", copy=True), file)  # a view would be saved whole
+    warning = "the ranks read different samples. README: Different data"
+    warn_unless_same(zlib.crc32(file.getvalue()), warning)
+
+
+def compare_weights(model):
+    """Return whether all ranks have the same weights. If not, print a warning."""
+    norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
+    warning = "the ranks' weights differ. README: Different weights"
+    return warn_unless_same(norms, warning)
+
+
+def stop(reason):
+    """Print the reason once, and end. All ranks have to call this."""
+    if dist.get_rank() == 0:
+        print(reason, file=sys.stderr, flush=True)
+    leave_group()
+    sys.exit(1)
+
+
+def prepare_process(rank, args):
+    """Make this process what torchrun would make it, and guard it."""
+    guard_process(args)
+    if os.getppid() != mp.parent_process().pid:  # the parent has ended already
+        sys.exit(1)
+    # mp.spawn has set "spawn", which DataLoader workers would use, too. Undo that.
+    mp.set_start_method(None, force=True)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(args.world_size)
+    torch.set_num_threads(args.threads)
+
+
+def guard_process(args):
+    """Guard this process against rare failures. It has to be called before joining."""
+    # If output goes to a file or a pipe, show each line at once.
+    sys.stdout.reconfigure(line_buffering=True)
+    # If the parent process is killed, it cannot end this one: then Linux does it.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread
+    # of Gloo frees a message. A short wait lets that thread finish.
+    if args.backend == "gloo" and sys.version_info < (3, 12):
+        os.register_at_fork(before=lambda: time.sleep(0.05))
+
+
+def leave_group():
+    """Leave the process group. Without the other lines, Gloo can abort or hang here.
+
+    See pytorch issue 190489.
+    """
+    gc.collect()  # frees the DDP model, which keeps the group alive
+    time.sleep(0.1)  # a thread of Gloo may still be freeing the last message
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

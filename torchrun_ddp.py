@@ -1,59 +1,58 @@
-r"""Train with DistributedDataParallel (DDP). torchrun starts this file in each process:
+r"""Train a model with DistributedDataParallel (DDP), on one machine or on several.
+
+torchrun starts this script, in one process per GPU (or per core, without a GPU):
 
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
-"auto" is one process per GPU or, without GPUs, per core. On two machines with 8 GPUs
-each, run this on both; 10.0.0.1 is one of them:
+For two machines with 8 GPUs each, run this on both. 10.0.0.1 is one of them:
 
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \
         --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=1 torchrun_ddp.py
 
-To train your own model, write a Python file and add --definitions FILE. What it defines
-of the ten definitions below, from MyDataset down to the function `wrap`, replaces the
-one here. Or edit them here. No other line makes a dataset or a model, or knows what is
-in a batch. ddp.py takes the same file, and shows what DDP does with your model.
+Part 1 defines the data and the model. To train your own, edit it, or write your
+versions of these definitions to a file and pass it with --definitions FILE.
+Part 2 trains. The comments "DDP 1" to "DDP 9" mark what a script for one GPU does not
+need. Part 3 saves and resumes. Part 4 has flags, helpers, and guards against rare
+failures. DDP works without the guards.
 
-Together, the processes are a process group. Each has a number, its rank; the world
-size is how many there are. A collective is a call by which ranks exchange data, such as
-an all-reduce, which adds up their tensors. All ranks must make it: a rank waits for the
-others, up to --timeout. The backend that does it is NCCL between GPUs, otherwise Gloo.
-
-Comments "DDP 1" to "DDP 9" mark what makes ordinary training distributed, numbered in
-the order in which it happens: 1, 2 and 9 are in main; 3, 4, 5 and 8 in train; 6 in
-accumulate_gradients; 7 in Metrics.
+Each process has a rank, from 0 to world size - 1, and a local rank, its number on its
+own machine. A collective, such as all_reduce, is an exchange between all ranks. Every
+rank has to call it: if one does not, the others wait for it until --timeout.
 """
 
 import argparse
-import copy
 import ctypes
+import dataclasses
 import gc
 import importlib
+import io
 import math
 import os
-import platform
 import random
-import re
 import sys
 import time
-from collections import namedtuple
+import zlib
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # an optimizer imports it: later, it would hold the group
+import torch.distributed.nn  # a later import would hold the group: see leave_group
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+# ---- Part 1: the data and the model. Replace what you need to. ----
+
 
 class MyDataset(Dataset):
-    """Random inputs of shape (size,) and labels 0 or 1; train=False: different ones."""
+    """Random inputs of shape (size,), with random labels 0 and 1."""
 
     def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
+        seed = 2 * seed if train else 2 * seed + 1  # different data for validation
+        generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
 
@@ -64,13 +63,13 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch at once. Optional: much faster, if the data is in memory."""
-        rows = torch.LongTensor(indices)  # twice as fast as torch.tensor(indices)
+        """Return a whole batch. Optional: DataLoader calls this if it exists."""
+        rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
 
 class MyModel(nn.Module):
-    """One linear layer: inputs of shape (batch, input_size) to logits (batch, 2)."""
+    """One linear layer, from inputs of shape (batch, input_size) to (batch, 2)."""
 
     def __init__(self, input_size):
         super().__init__()
@@ -81,7 +80,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return the training set and the validation set, the same ones on all ranks."""
+    """Return a training set, and a validation set or None. No rank may differ here."""
     length, size, seed = args.dataset_length, args.input_size, args.seed
     validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
     return MyDataset(length, size, seed), validation_set
@@ -92,478 +91,382 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and how many of its items are correct.
+    """Return the mean loss of a batch, and a dict of sums to report.
 
-    Items are samples, or tokens. In place of the second, any sum over them will do.
-    Call `model` itself, not one of its methods: DDP has to see each forward pass.
+    A sum, such as the number of correct answers, is reported per item. Call `model`
+    itself, and not one of its methods: DDP only sees calls of the model.
     """
     inputs, labels = batch
     outputs = model(inputs)
     loss = nn.functional.cross_entropy(outputs, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def count_items(batch):
-    """Return the number of items (samples, tokens) that compute_loss averages over.
-
-    Samples: return an int. In training, all ranks have the same number, as all batches
-    are full, so no step has to exchange it. Tokens, or whatever ranks can have
-    different numbers of: return a tensor, such as (labels != -100).sum(), never its
-    .item(). In each step, the ranks then add up theirs. `batch` is still in CPU memory.
-    A batch without items gets weight 0. Its loss may be NaN, as only its gradient is
-    used; that has to be finite, as cross_entropy's is.
-    """
+    """Return how many items (samples, or tokens) the loss is the mean of."""
     _, labels = batch
     return len(labels)
 
 
+# Set this to True if count_items can differ between ranks, as token counts do. In each
+# step, the ranks then exchange their counts, so that every item has the same weight.
+COUNTS_DIFFER = False
+
+
 def collate(samples):
-    """Stack a list of samples; keep what __getitems__ returned, a tuple or a dict."""
+    """Make a batch from a list of samples (or from what __getitems__ returned)."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
 
 
 def make_optimizer(model, args):
-    """Return Adam. (The fused one is faster, but refuses complex parameters.)"""
-    fused = all(map(torch.is_floating_point, model.parameters()))
-    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=fused)
+    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
 
 
-def make_scheduler(optimizer, steps, args):
-    """Return None, or a scheduler, stepped after each of `steps` optimizer steps."""
+def make_scheduler(optimizer, total_steps, args):
+    """Return a learning rate scheduler, to be stepped after each step, or None."""
     return
 
 
-def wrap(model):
-    """Return the model with DDP around it. Add options of DDP here."""
-    # This one keeps gradients where DDP averages them, instead of copying them there.
+def wrap_in_ddp(model):
+    """Return the model with DDP around it. Options of DDP go here."""
+    # This option saves a copy of the gradients.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-@record  # torchrun's report then contains the error of a rank that failed
+# ---- Part 2: training. ----
+
+
+@record  # torchrun's error report then includes the exception of the rank that failed
 def main():
-    # DDP 1: launch. torchrun runs this in every process that it starts. If one of them
-    # fails, torchrun ends the others.
+    # DDP 1: launch. torchrun runs this script in every process that it starts. If one
+    # process fails, torchrun ends the others.
     args = parse_args()
-    if sys.platform == "linux":  # if torchrun is killed, the kernel kills this process
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    # Before Python 3.12, forking a DataLoader worker can hang while a thread of Gloo
-    # frees a message: wait for that first.
-    if sys.version_info < (3, 12):
-        os.register_at_fork(before=lambda: time.sleep(0.05))
-    sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files too
-    # DDP 2: own a device, then join the others. (Local rank: rank on this machine.)
-    device = choose_device(int(os.environ["LOCAL_RANK"]))
+    guard_process(args)
+    # DDP 2: take a device, then join the other processes, which together are called the
+    # process group. They meet at an address that torchrun has put in the environment,
+    # beside RANK, LOCAL_RANK and WORLD_SIZE. The backend moves the data that they
+    # exchange: nccl between GPUs, gloo between CPUs.
+    device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
-    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here, or fails
-    if os.environ["LOCAL_RANK"] == "0":
-        here = f"{os.environ['LOCAL_WORLD_SIZE']} of {dist.get_world_size()} processes"
-        how = f"{device.type}, backend {args.backend}, {args.precision}"
-        print(f"{platform.node()}: {here} on {how}")
-    train(args, device)
-    leave_group()  # DDP 9: leave
+    gather(None)  # a first exchange: this connects them, or fails
+    if dist.get_rank() == 0:
+        how = f"{device.type}, {args.backend}, {args.precision}"
+        print(f"{dist.get_world_size()} processes on {how}")
+    Trainer(args, device).train()
+    leave_group()  # DDP 9: leave the process group
 
 
-Training = namedtuple("Training", "optimizer scheduler scaler")
-EpochResult = namedtuple("EpochResult", "loss accuracy samples seconds")
+class Trainer:
+    """Trains and validates a model on all ranks, and saves it on rank 0."""
 
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # DDP 3: the same data. With the same seed, all ranks make the same datasets.
+        seed_everything(args.seed)
+        self.dataset, validation_set = make_datasets_in_turn(args)
+        compare_data(self.dataset, args)
 
-def train(args, device):
-    """Train with DDP, from the start or from the snapshot."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    # DDP 3: same start. All ranks must make the same datasets: here, by the seed. DDP,
-    # when it wraps the model (below), sends rank 0's weights to all ranks.
-    seed_everything(args.seed)
-    dataset, validation_set = make_datasets(args)
-    model = make_model(args).to(device)
-    check_data(dataset, args, device)
-    # DDP 4: shard. Each rank trains on its own part of the dataset. All parts have
-    # equally many batches, all full: a few samples are left out, not always the same.
-    # A step takes world_size * batch_size * grad_accum_steps samples (an epoch's last
-    # step can take fewer): the global batch. Choose the learning rate for it.
-    sampler = DistributedSampler(dataset, seed=args.seed, drop_last=True)
-    batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
-    whole_loader = make_loader(dataset, batch_sampler, args, device)
-    # Validation takes each sample once: DistributedSampler would repeat or drop some.
-    shard = range(rank, len(validation_set), world_size)
-    validation_batches = BatchSampler(shard, args.batch_size, drop_last=False)
-    validation_loader = make_loader(validation_set, validation_batches, args, device)
+        # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
+        # parts have the same number of batches, and all batches are full. (The samples
+        # left over are few, and differ from epoch to epoch.) Choose the learning rate
+        # for the global batch: what all ranks together take in an optimizer step.
+        self.global_batch = args.batch_size * args.grad_accum_steps * self.world_size
+        self.sampler = DistributedSampler(
+            self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
+        )
+        self.batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
+        self.loader = make_loader(self.dataset, self.batch_sampler, args)
+        self.validation_loader = None
+        if validation_set is not None:
+            # Here, every sample is used just once. Some ranks can have fewer of them.
+            own = range(self.rank, len(validation_set), self.world_size)
+            batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
+            self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-    steps = args.epochs * math.ceil(len(whole_loader) / args.grad_accum_steps)
-    optimizer = make_optimizer(model, args)
-    scheduler = make_scheduler(optimizer, steps, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
-    training = Training(optimizer, scheduler, scaler)
-    epochs_done, samples_done = load_snapshot(args, model, training)
-    # Batches that each rank skips. The ranks take samples in turn, from one order: so
-    # this is right with another number of ranks, too.
-    skip = samples_done // (args.batch_size * world_size)
-    if skip == len(whole_loader):  # too few samples are left for so many ranks
-        epochs_done, skip = epochs_done + 1, 0
-    ddp_model = wrap(model)  # shares its weights with `model`
+        seed_everything(args.seed)
+        self.model = make_model(args).to(device)
+        self.optimizer = make_optimizer(self.model, args)
+        total_steps = args.epochs * math.ceil(len(self.loader) / args.grad_accum_steps)
+        self.settings = settings_to_keep(self)  # see part 3
+        self.scheduler = make_scheduler(self.optimizer, total_steps, args)
+        self.settings["steps of the scheduler"] = self.scheduler and total_steps
+        use_scaler = args.precision == "float16"  # for gradients too small for float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
+        self.autocast = make_autocast(args, device)
+        self.epochs_done = 0
+        self.samples_done = 0  # in the current epoch, by all ranks together
+        if args.snapshot_path:
+            load_snapshot(self, args.snapshot_path)
+        # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, if a
+        # loss comes from a call of ddp_model, backward() also averages the gradients
+        # over the ranks. All ranks then take the same step, and their weights stay equal.
+        self.ddp_model = wrap_in_ddp(self.model)  # shares its weights with self.model
 
-    def save_if_due(batches_done):  # with `epoch` and `skip` of the loop below
-        if batches_done % (args.save_every * args.grad_accum_steps) == 0:
-            samples = (skip + batches_done) * args.batch_size * world_size
-            save_snapshot(args, model, training, epoch, samples)
+    def train(self):
+        """Train and validate until all epochs are done."""
+        args, seconds = self.args, 0
+        while self.epochs_done < args.epochs:
+            start = time.perf_counter()
+            means, samples_per_second = self.train_epoch()
+            seconds += time.perf_counter() - start
+            self.epochs_done, self.samples_done = self.epochs_done + 1, 0
+            if self.rank == 0:  # DDP 6: only rank 0 prints results and saves
+                line = f"epoch {self.epochs_done}/{args.epochs}  {as_text(means)}"
+                print(f"{line}  {samples_per_second:,.2f} samples/s")
+                if args.snapshot_path:
+                    save_snapshot(self, args.snapshot_path)
+            if self.validation_loader is not None:
+                means = self.validate()  # all ranks do this together
+                if self.rank == 0:
+                    print(f"  validation  {as_text(means)}")
+            compare_weights(self.model)  # warns if they differ between ranks
+        if self.rank == 0:
+            print(f"DDP training time: {seconds:.2f} seconds")
 
-    after_step = save_if_due if args.save_every else None
-    seconds = 0
-    for epoch in range(epochs_done, args.epochs):
-        sampler.set_epoch(epoch)  # DDP 5: reshuffle, or every epoch has the same order
-        # For dropout and augmentation: different on each rank, and in each epoch.
-        seed_everything(args.seed + epoch * world_size + rank)
-        loader = whole_loader
-        if skip:  # go on where the snapshot was taken
-            loader = make_loader(dataset, list(batch_sampler)[skip:], args, device)
-        # DDP 6 and 7, synchronise and measure globally, are in what this calls.
-        result = train_epoch(ddp_model, loader, training, args, device, after_step)
-        seconds += result.seconds
-        skip = 0
-        if rank == 0:  # DDP 8: rank 0 alone prints results and saves
-            line = f"epoch {epoch + 1}/{args.epochs}  loss {result.loss:.4f}"
-            rate = f"{result.samples / result.seconds:,.2f} samples/s"
-            print(f"{line}  accuracy {result.accuracy:.1%}  {rate}")
-            if args.snapshot_path:
-                save_snapshot(args, model, training, epoch + 1, 0)
-        # All ranks validate, each on its shard. This has collectives, too.
-        loss, accuracy = evaluate(ddp_model, validation_loader, args, device)
-        if rank == 0:
-            print(f"  validation  loss {loss:.4f}  accuracy {accuracy:.1%}")
-        # All ranks have equal weights, unless something has trained without DDP.
-        norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
-        check_same(norms, "the ranks' weights differ. README: Different weights")
-    if rank == 0:
-        print(f"DDP training time: {seconds:.2f} seconds")
+    def train_epoch(self):
+        """Train for one epoch. Return the means of its metrics, and samples/s."""
+        args = self.args
+        # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
+        # should differ between epochs and between ranks, too.
+        self.sampler.set_epoch(self.epochs_done)
+        seed_everything(args.seed + self.epochs_done * self.world_size + self.rank)
+        loader, samples_before = self.loader, self.samples_done
+        if self.samples_done:  # resumed inside this epoch: go on with its next batches
+            batches_done = self.samples_done // (args.batch_size * self.world_size)
+            rest = list(self.batch_sampler)[batches_done:]
+            loader = make_loader(self.dataset, rest, args)
+        num_steps = math.ceil(len(loader) / args.grad_accum_steps)
+        metrics, steps_done, batches = Metrics(self.device), 0, iter(loader)
+        self.ddp_model.train()
+        start = time.perf_counter()
+        while step_batches := list(islice(batches, args.grad_accum_steps)):
+            self.train_step(step_batches, metrics)
+            steps_done += 1
+            self.samples_done += len(step_batches) * args.batch_size * self.world_size
+            del step_batches  # frees their memory before the next ones are read
+            save_now = args.save_every and steps_done % args.save_every == 0
+            if self.rank == 0 and save_now and steps_done < num_steps:
+                save_snapshot(self, args.snapshot_path)
+        means = metrics.means()  # waits for the GPU, and for all ranks
+        seconds = time.perf_counter() - start
+        if not COUNTS_DIFFER:
+            warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
+            warn_unless_same(metrics.items, warning)
+        return means, (self.samples_done - samples_before) / seconds
 
+    def train_step(self, batches, metrics):
+        """Take one optimizer step, on these batches and those of the other ranks."""
+        args = self.args
+        # Batches are counted in CPU memory: to read a number from a GPU would stall it.
+        counts = [float(count_items(batch)) for batch in batches]
+        items_per_rank = sum(counts)
+        if COUNTS_DIFFER:
+            items_per_rank = mean_over_ranks(items_per_rank, self.device)
+        for index, (batch, count) in enumerate(zip(batches, counts)):
+            # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
+            # for all batches but the last. It has to enclose the forward pass, too.
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else self.ddp_model.no_sync():
+                with self.autocast:
+                    batch = to_device(batch, self.device, non_blocking=True)
+                    loss, sums = compute_loss(self.ddp_model, batch)
+                # With n equal batches, the weight is 1 / n. If ranks have different
+                # counts, say 10 and 30 items, both divide their sum of losses by the
+                # mean, 20. DDP averages: (sum_0 / 20 + sum_1 / 20) / 2. That is the
+                # sum of all losses / 40, the mean over all items.
+                weight = count / items_per_rank if count else 0.0
+                self.scaler.scale(loss * weight).backward()
+            metrics.add(loss, sums, count)
+        self.scaler.unscale_(self.optimizer)
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
 
-def train_epoch(model, loader, training, args, device, after_step=None):
-    """Train one epoch, or its rest, with DDP or (in ddp.py) without.
-
-    After each step but the last, rank 0 calls `after_step(batches done)`.
-    """
-    is_ddp = hasattr(model, "no_sync")  # isinstance() would miss a compiled one
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp else (0, 1)
-    metrics, batches_done = Metrics(device), 0
-    batches, num_batches = iter(loader), len(loader)
-    model.train()
-    start = last_print = time.perf_counter()
-    while step_batches := list(islice(batches, args.grad_accum_steps)):
-        # Before the batches are moved, as reading a value from a GPU would wait for it.
-        counts = [as_number(count_items(batch)) for batch in step_batches]
-        train_step(model, step_batches, counts, training, metrics, args, device)
-        batches_done += len(step_batches)
-        del step_batches  # before the next ones are read: faster, if they are large
-        samples = batches_done * args.batch_size * world_size
-        if after_step and rank == 0 and batches_done < num_batches:
-            after_step(batches_done)
-        if rank == 0 and time.perf_counter() - last_print > 5:
-            last_print = time.perf_counter()
-            loss = metrics.loss_sum.item() / max(metrics.items, 1)
-            line = f"  batch {batches_done}/{num_batches}  loss of rank 0 {loss:.4f}"
-            print(f"{line}  {samples / (last_print - start):,.2f} samples/s")
-    loss, accuracy = metrics.means(is_ddp)  # waits for the GPU, so the time is right
-    seconds = time.perf_counter() - start
-    if is_ddp and isinstance(metrics.items, int):
-        check_same(metrics.items, "count_items' ints differ: let it return a tensor")
-    return EpochResult(loss, accuracy, samples, seconds)
-
-
-def as_number(count):
-    """Return an int (equal on all ranks) as it is, a tensor (unequal) as a float."""
-    return count if isinstance(count, int) else float(count)
-
-
-def train_step(model, batches, counts, training, metrics, args, device):
-    """Take one optimizer step; with DDP, it is one step of all ranks together."""
-    optimizer, scheduler, scaler = training
-    accumulate_gradients(model, batches, counts, scaler.scale, metrics, args, device)
-    scaler.unscale_(optimizer)
-    if args.max_grad_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    scaler.step(optimizer)  # with the same gradients on all ranks
-    scaler.update()
-    if scheduler:
-        scheduler.step()
-    optimizer.zero_grad()
-
-
-def accumulate_gradients(model, batches, counts, scale, metrics, args, device):
-    """Compute a step's gradients, over `batches` and, with DDP, the other ranks'.
-
-    `counts`: the number of items in each batch. `scale`: a function that is applied to
-    each loss, as that of a GradScaler.
-    """
-    is_ddp = hasattr(model, "no_sync")
-    items_per_rank = sum(counts)
-    if is_ddp and not isinstance(counts[0], int):  # unequal numbers: take their mean
-        items_per_rank = torch.full((), sum(counts), dtype=torch.float32, device=device)
-        dist.all_reduce(items_per_rank)  # now the sum over all ranks
-        items_per_rank /= dist.get_world_size()
-    for index, (batch, count) in enumerate(zip(batches, counts)):
-        # DDP 6: synchronise. backward() averages the gradients over all ranks while it
-        # computes them. In no_sync(), which must enclose the forward pass, too, it
-        # averages nothing: once per step is enough.
-        is_last = index == len(counts) - 1
-        with model.no_sync() if is_ddp and not is_last else nullcontext():
-            with autocast(args, device):
-                loss, correct = compute_loss(model, to_device(batch, device))
-            # loss * count is the sum over the batch's items. Divided by items_per_rank,
-            # and averaged over the ranks by DDP, it is the mean over all of the step.
-            weight = count / items_per_rank if count else 0.0
-            scale(loss * weight).backward()
-        metrics.add(loss, correct, count)
+    def validate(self):
+        """Return the means of the metrics over the whole validation set."""
+        # BatchNorm's statistics differ between ranks. All take those of rank 0, which
+        # are also the ones that are saved.
+        for buffer in self.model.buffers():
+            values = buffer.contiguous()  # broadcast needs that
+            dist.broadcast(values, 0)
+            buffer.copy_(values)
+        metrics = Metrics(self.device)
+        self.model.eval()
+        with torch.no_grad(), self.autocast:
+            for batch in self.validation_loader:
+                count = float(count_items(batch))
+                batch = to_device(batch, self.device, non_blocking=True)
+                # A call of ddp_model can wait for the other ranks. Some of them may
+                # have fewer batches here, so this calls the model without DDP.
+                loss, sums = compute_loss(self.model, batch)
+                metrics.add(loss, sums, count)
+        return metrics.means()
 
 
 class Metrics:
-    """Adds up what a rank's batches give; at the end, returns means over all ranks."""
+    """Adds up what compute_loss returns; gives means over the items of all ranks."""
 
     def __init__(self, device):
-        # On the device: reading a value there, as .item() does, waits for the GPU.
-        self.loss_sum, self.correct = torch.zeros(2, dtype=torch.float64, device=device)
-        self.items = 0
+        self.zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums, self.items = {}, 0
 
     @torch.no_grad()
-    def add(self, mean_loss, correct, count):
-        self.items += count
-        if count:  # the mean loss of no items is NaN
-            self.loss_sum.add_(mean_loss, alpha=count)
-            self.correct += correct
+    def add(self, mean_loss, sums, count):
+        if count:  # without items, the mean is NaN
+            self.items += count
+            loss_sum = self.zero.add(mean_loss, alpha=count)  # mean_loss * count
+            for name, value in {"loss": loss_sum, **sums}.items():
+                # To read a value, as .item() does, would make the CPU wait for the GPU.
+                self.sums[name] = self.sums.get(name, self.zero) + value
 
-    def means(self, of_all_ranks=True):
-        """Return the mean loss, and the share of items that are correct, 0 to 1."""
-        items = torch.full_like(self.correct, self.items)
-        sums = torch.stack([self.loss_sum, self.correct, items])
-        # DDP 7: measure globally. The mean of rank 0's items is not the mean of all.
-        if of_all_ranks:
-            dist.all_reduce(sums)  # each rank now has the sum over all ranks
-        return (sums[:2] / sums[2]).tolist()
-
-
-def evaluate(ddp_model, loader, args, device):
-    """Return the mean loss and the accuracy, 0 to 1, over the whole validation set."""
-    model, metrics = ddp_model.module, Metrics(device)
-    # All ranks take rank 0's buffers (BatchNorm's statistics), as snapshots do.
-    for name, buffer in model.named_buffers():
-        if ddp_model.broadcast_buffers and name not in ddp_model.parameters_to_ignore:
-            contiguous = buffer.contiguous()  # broadcast needs it
-            dist.broadcast(contiguous, 0)
-            buffer.copy_(contiguous)
-    # Not through DDP: that has collectives, and some ranks have more batches.
-    model.eval()
-    with torch.no_grad(), autocast(args, device):
-        for batch in loader:
-            count = as_number(count_items(batch))
-            loss, correct = compute_loss(model, to_device(batch, device))
-            metrics.add(loss, correct, count)
-    return metrics.means()
+    def means(self):
+        """Return the means, by name. All ranks have to call this."""
+        sums = {name: value.item() for name, value in self.sums.items()}
+        # DDP 8: measure globally. The mean of one rank covers only its own samples.
+        items, totals = 0, {}
+        for rank_sums, rank_items in gather((sums, self.items)):
+            items += rank_items
+            for name, value in rank_sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: total / items for name, total in totals.items()}
 
 
-def choose_device(local_rank):
-    """Return this process's GPU, shared if there are too few, or else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)  # first of all, or each rank takes memory on GPU 0
-    return device
+# ---- Part 3: snapshots. ----
 
 
-def use_definitions(path):
-    """Let what this Python file defines take the place of the definitions above."""
-    names = "MyDataset MyModel make_datasets make_model compute_loss count_items"
-    names = f"{names} collate make_optimizer make_scheduler wrap".split()
-    folder, file = os.path.split(os.path.abspath(path))
-    sys.path.insert(0, folder)  # so that it can import its neighbours
-    module = importlib.import_module(os.path.splitext(file)[0])
-    found = {name: vars(module)[name] for name in names if name in vars(module)}
-    globals().update(found)
-    if not found and os.environ["RANK"] == "0":  # then the others are ended
-        print(f"{path} defines none of {', '.join(names)}", file=sys.stderr)
-        sys.exit(2)
-    if os.environ["RANK"] == "0":
-        print(f"From {path}: {', '.join(found)}")
-
-
-def seed_everything(seed):
-    """Seed all that draws random numbers: PyTorch, Python, and NumPy if it is used."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
-def check_data(dataset, args, device):
-    """Check that all ranks read the same data, as far as eight samples can tell."""
-    length = len(dataset)
-    if not check_same(length):
-        stop(f"{length} samples, but not on all ranks. README: Different data")
-    if length < args.batch_size * dist.get_world_size():
-        stop(f"{length} samples are too few: no rank would have a whole batch")
-    # Compare eight samples, which all ranks read as in training, with equal random
-    # numbers: their repr, without the addresses of objects in it.
-    seed_everything(args.seed)
-    indices = [number * (length - 1) // 7 for number in range(8)]
-    samples = next(iter(make_loader(dataset, [indices], args, device)))
-    text = re.sub("0x[0-9A-Fa-f]+", "", repr(samples))
-    check_same(text, "the ranks read different samples. README: Different data")
-
-
-def check_same(value, warning=""):
-    """Return whether all ranks, which must all call this, have one value; else warn."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, str(value))  # text, as NaN is not equal to NaN
-    same = len(set(values)) == 1
-    if warning and not same and dist.get_rank() == 0:
-        print(f"WARNING: {warning}")
-    return same
-
-
-def leave_group():
-    """Leave the process group, in such a way that Gloo does not abort or hang."""
-    gc.collect()  # the DDP model, in a reference cycle, holds it: pytorch issue 190489
-    time.sleep(0.1)  # a thread of Gloo may be freeing the last message
-    dist.destroy_process_group()
-
-
-def stop(reason):
-    """Say why, leave the group, and end. All ranks have to call this."""
-    print(reason, file=sys.stderr, flush=True)
-    leave_group()
-    sys.exit(1)
-
-
-def make_loader(dataset, batch_sampler, args, device):
-    """Return a DataLoader of the batches whose indices `batch_sampler` gives."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        timeout=args.timeout if args.num_workers else 0,
-        persistent_workers=args.num_workers > 0,  # or each epoch starts them again
-        pin_memory=device.type == "cuda",  # non_blocking copies need it
-    )
-
-
-def load_snapshot(args, model, training):
-    """Load the snapshot, if there is one. Return the epochs and the samples done."""
-    path, done, problem = args.snapshot_path, (0, 0), ""
-    if path and dist.get_rank() == 0:  # if it cannot be written, fail now
-        open(path + ".tmp", "wb").close()
-        os.remove(path + ".tmp")
-    if path and os.path.exists(path):
-        try:
-            # weights_only: a snapshot is data and must not run code.
-            snapshot = torch.load(path, map_location="cpu", weights_only=True)
-            settings, old = fixed_settings(args, training), snapshot["settings"]
-            changed = [f"--{k} {v}" for k, v in old.items() if settings[k] != v]
-            if changed:
-                raise ValueError(f"it was made with {', '.join(changed)}")
-            model.load_state_dict(snapshot["model"])
-            for name, part in training._asdict().items():
-                if part and snapshot[name]:  # a scaler's is empty without float16
-                    part.load_state_dict(snapshot[name])
-            done = snapshot["epoch"], snapshot["samples"]
-        except Exception as error:  # noqa: BLE001, a damaged file can raise anything
-            problem = f"cannot resume from {path}: {error!r:.900}"
-    same = check_same((done, problem))
-    if problem or not same:
-        stop(problem or f"{path} is not the same on all machines: use a shared folder")
-    if done != (0, 0) and dist.get_rank() == 0:
-        print(f"{path}: {done[0]} epochs and {done[1]} samples done, resuming")
-    return done
-
-
-def fixed_settings(args, training):
-    """Return the settings that must be the same when a training is resumed."""
-    names = "batch_size grad_accum_steps learning_rate max_grad_norm dataset_length"
-    settings = {key: getattr(args, key) for key in f"{names} input_size seed".split()}
-    # A scheduler is made for so many epochs.
-    return {**settings, "epochs": args.epochs if training.scheduler else None}
-
-
-def save_snapshot(args, model, training, epoch, samples):
-    """Save the state after `epoch` epochs and `samples` more samples, of all ranks."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        sys.exit("the weights are not finite any more: the last snapshot is kept")
-    snapshot = {"epoch": epoch, "samples": samples}
-    snapshot["settings"] = fixed_settings(args, training)
-    snapshot["model"] = model.state_dict()  # without DDP, or keys begin with "module."
-    for name, part in training._asdict().items():
-        snapshot[name] = part.state_dict() if part else None
-    # A crash at any moment leaves a whole file, the old one or the new one.
-    with open(args.snapshot_path + ".tmp", "wb") as file:
+def save_snapshot(trainer, path):
+    """Save all that is needed to resume. Only rank 0 calls this."""
+    # If this ends rank 0, torchrun ends the other ranks, too.
+    if not all(p.isfinite().all() for p in trainer.model.parameters()):
+        sys.exit("the weights are no longer finite: the last snapshot is kept")
+    if os.path.exists(path) and os.path.getmtime(path) != trainer.last_saved:
+        sys.exit(f"another training has saved to {path}: this one stops")
+    snapshot = {
+        "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
+        "scaler": trainer.scaler.state_dict(),
+        "epochs_done": trainer.epochs_done,
+        "samples_done": trainer.samples_done,
+        "settings": trainer.settings,
+        "global_batch": trainer.global_batch,
+    }
+    # After a crash, there is always a complete file, either the old or the new one.
+    with open(path + ".tmp", "wb") as file:
         torch.save(snapshot, file)
         file.flush()
         os.fsync(file.fileno())
-    torch.load(file.name, mmap=True, weights_only=True)  # fail now, not when resuming
-    os.replace(file.name, args.snapshot_path)
+    torch.load(file.name, mmap=True, weights_only=True)  # fails now or never
+    os.replace(file.name, path)
+    trainer.last_saved = os.path.getmtime(path)
 
 
-def autocast(args, device):
-    """Return a context in which PyTorch computes in --precision where that is safe."""
-    if args.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, args.precision))
+def load_snapshot(trainer, path):
+    """Resume from the snapshot, if there is one. All ranks have to call this."""
+    problem, trainer.last_saved = "", None
+    try:
+        if trainer.rank == 0:  # if it cannot be written, fail now
+            open(path + ".tmp", "ab").close()
+        if os.path.exists(path):
+            trainer.last_saved = os.path.getmtime(path)
+            # weights_only: a snapshot is data, and must not run code.
+            restore(trainer, torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # noqa: BLE001, a damaged file can raise anything
+        reason = " ".join(str(error).split())[:900]
+        problem = f"--snapshot_path {path}: {type(error).__name__}: {reason}"
+    problems = [text for text in gather(problem) if text]
+    if problems:
+        stop(problems[0])
+    if len(set(gather((trainer.epochs_done, trainer.samples_done)))) > 1:
+        stop(f"{path} is not the same on all machines: use a shared folder")
 
 
-def to_device(batch, device):
-    """Return a batch, whatever it is made of, with its tensors on `device`."""
-    if callable(getattr(type(batch), "to", None)):  # a tensor, a graph, ...
-        try:
-            return batch.to(device, non_blocking=True)
-        except TypeError:  # a tokenizer's batch, before transformers 4.48
-            return batch.to(device)
-    if isinstance(batch, dict) or hasattr(batch, "__dataclass_fields__"):
-        moved = copy.copy(batch)  # of the same type
-        fields = moved if isinstance(batch, dict) else vars(moved)
-        for key, value in list(fields.items()):
-            fields[key] = to_device(value, device)
-        return moved
-    if isinstance(batch, (list, tuple)):
-        parts = [to_device(part, device) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+def restore(trainer, snapshot):
+    """Set the state of the trainer. Raises ValueError if its settings have changed."""
+    old, new = snapshot["settings"], trainer.settings
+    changed = [name for name in old if old[name] != new.get(name, old[name])]
+    if changed:
+        changes = [f"{name} was {old[name]}, now {new[name]}" for name in changed]
+        raise ValueError("; ".join(changes))
+    for name in ("model", "optimizer", "scheduler", "scaler"):
+        if snapshot[name]:  # a scaler has no state without float16
+            getattr(trainer, name).load_state_dict(snapshot[name])
+    trainer.epochs_done = snapshot["epochs_done"]
+    # Round down to whole batches of all ranks, as their number may have changed: this
+    # repeats some samples, but skips none. Leave at least one batch to train on.
+    samples_per_batch = trainer.args.batch_size * trainer.world_size
+    batches_done = snapshot["samples_done"] // samples_per_batch
+    batches_done = min(batches_done, len(trainer.loader) - 1)
+    trainer.samples_done = batches_done * samples_per_batch
+    if trainer.rank == 0:
+        done = f"{trainer.epochs_done} epochs and {trainer.samples_done} samples"
+        print(f"{trainer.args.snapshot_path}: resuming after {done}")
+        if snapshot["global_batch"] != trainer.global_batch:
+            change = f"{snapshot['global_batch']} to {trainer.global_batch}"
+            print(f"The global batch changes from {change}: mind the learning rate")
+
+
+def settings_to_keep(trainer):
+    """Return what has to be the same, by name, when a training is resumed."""
+    settings = {"length of the dataset": len(trainer.dataset)}
+    for name in ("input_size", "seed", "max_grad_norm"):
+        settings[name] = getattr(trainer.args, name)
+    settings["optimizer"] = type(trainer.optimizer).__name__
+    # Loading a snapshot would silently undo what has been edited in make_optimizer.
+    only_speed = ("params", "fused", "foreach", "capturable", "differentiable")
+    for number, group in enumerate(trainer.optimizer.param_groups):
+        for name, value in group.items():
+            if name not in only_speed:
+                settings[f"{name} of parameter group {number}"] = str(value)
+    return settings
+
+
+# ---- Part 4: flags, helpers and guards. ----
 
 
 def parse_flags(parser):
-    """Add the flags of both scripts; return all arguments, or exit with code 2."""
-    numbers = [  # with their smallest values
+    """Add the flags that both scripts have, and return all arguments."""
+    numbers = [  # with their defaults and smallest values
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
         ("--learning_rate", 0.01, 0, "of Adam"),
-        ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not"),
+        ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
         ("--dataset_length", 20000, 1, "samples in the dataset"),
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds that a rank waits for others or workers"),
+        ("--timeout", 600.0, 1, "seconds to wait for another rank, or for a worker"),
     ]
-    add, gpus = parser.add_argument, torch.cuda.is_available()
+    add, has_gpu = parser.add_argument, torch.cuda.is_available()
     for flag, default, _, help in numbers:
-        help += f" (default: {default})"
+        help = f"{help} (default: {default})"
         add(flag, type=type(default), default=default, metavar="N", help=help)
-    kinds = ["float32", "bfloat16", "float16"]
-    help = "bfloat16: A100, RTX 30 and newer, CPUs; float16: older GPUs, as T4, V100"
-    add("--precision", choices=kinds, default=kinds[0], help=help)
-    backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
-    help = f"nccl needs a GPU per process; gloo lets them share (default: {backend})"
-    add("--backend", choices=["nccl", "gloo"], default=backend, help=help)
-    add("--definitions", metavar="FILE", help="Python file with your MyDataset, ...")
+    precisions = ["float32", "bfloat16", "float16"]
+    add("--precision", choices=precisions, default="float32")
+    backend = "nccl" if has_gpu and dist.is_nccl_available() else "gloo"
+    add("--backend", choices=["nccl", "gloo"], default=backend)
+    help = "Python file with your versions of the definitions in part 1"
+    add("--definitions", metavar="FILE", help=help)
     args = parser.parse_args()
-    for flag, _, minimum, _ in numbers:
-        if not minimum <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
-            parser.error(f"{flag} must be a number from {minimum}")
-    if args.backend == "nccl" and not gpus:
-        parser.error("--backend nccl needs a CUDA GPU; use --backend gloo")
-    file = args.definitions or ""
-    name = os.path.splitext(os.path.basename(file))[0]
-    if file and (not os.path.isfile(file) or name in sys.modules):
-        parser.error(f"--definitions {file}: no such file, or a module has its name")
+    for flag, _, smallest, _ in numbers:
+        if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
+            parser.error(f"{flag} must be a number from {smallest}")
+    file = args.definitions or "none.py"
+    module, _, ending = os.path.basename(file).partition(".")
+    if args.definitions and (ending != "py" or not os.path.isfile(file)):
+        parser.error(f"--definitions {file}: there is no such file NAME.py")
+    if module in sys.modules:
+        parser.error(f"--definitions {file}: a loaded module has that name")
     return args
 
 
@@ -572,22 +475,192 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     help = "save to FILE after every epoch, and resume from it if it exists"
     parser.add_argument("--snapshot_path", metavar="FILE", help=help)
-    help = "also save after N, 2N, ... steps of an epoch"
+    help = "also save after every N steps of an epoch"
     parser.add_argument("--save_every", type=int, default=0, metavar="N", help=help)
     args, env = parse_flags(parser), os.environ
     if "LOCAL_RANK" not in env:
-        parser.error("start it with torchrun, as --help shows")
+        parser.error("start this script with torchrun, as --help shows")
     if args.save_every < 0 or (args.save_every and not args.snapshot_path):
         parser.error("--save_every needs --snapshot_path, and a number from 1")
-    too_few = int(env["LOCAL_RANK"]) >= torch.cuda.device_count()
-    if args.backend == "nccl" and too_few and "NCCL_MULTI_RANK_GPU_ENABLE" not in env:
-        parser.error("fewer GPUs than processes: --backend gloo lets them share")
-    # Restarted ranks would find addresses of dead ones in the store of torchrun.
+    # By default, torchrun's store keeps addresses of dead ranks when it restarts ranks.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"
         parser.error(f"torchrun --max_restarts needs {needs}. README: Long runs")
     return args
+
+
+def use_definitions(path):
+    """Replace the definitions of part 1 by those in this Python file."""
+    names = ["MyDataset", "MyModel", "make_datasets", "make_model", "compute_loss"]
+    names += ["count_items", "COUNTS_DIFFER", "collate", "make_optimizer"]
+    names += ["make_scheduler", "wrap_in_ddp"]
+    folder, file = os.path.split(os.path.abspath(path))
+    sys.path.insert(0, folder)  # so that it can import its neighbours
+    module = importlib.import_module(os.path.splitext(file)[0])
+    found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    globals().update(found)  # as if they had been written here
+    if os.environ["RANK"] == "0":
+        print(f"From {path}: {', '.join(found) or 'none of ' + ', '.join(names)}")
+    if not found:
+        sys.exit(2)
+
+
+def make_loader(dataset, batch_sampler, args):
+    """Return a DataLoader. A batch sampler gives a list of indices for each batch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,  # do not start them in every epoch
+        timeout=args.timeout if args.num_workers else 0,
+        pin_memory=torch.cuda.is_available(),  # for copies that overlap with computing
+    )
+
+
+def seed_everything(seed):
+    """Seed PyTorch, Python and, if it has been imported, NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def choose_device(args, local_rank):
+    """Return the GPU of this process, or the CPU. With gloo, they can share GPUs."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
+    if local_rank >= gpus and not can_share:
+        problem = (
+            f"--backend nccl needs a GPU for each process. This machine has {gpus}"
+        )
+        print(f"{problem}: use --backend gloo, or fewer processes", file=sys.stderr)
+        sys.exit(2)
+    if gpus == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % gpus)
+    torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
+    return device
+
+
+def make_autocast(args, device):
+    """Return a context in which PyTorch computes in --precision where that is safe."""
+    if args.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, args.precision))
+
+
+def to_device(batch, device, **options):
+    """Return a batch with its tensors on `device`. Options are those of Tensor.to()."""
+    if callable(getattr(type(batch), "to", None)):  # a tensor, a graph, ...
+        try:
+            return batch.to(device, **options)
+        except TypeError:  # it does not know these options
+            return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: to_device(batch[key], device, **options) for key in batch}
+    if dataclasses.is_dataclass(batch):
+        parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **to_device(parts, device, **options))
+    if isinstance(batch, (list, tuple)):
+        parts = [to_device(part, device, **options) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def gather(value):
+    """Return a list of the values of all ranks. All ranks have to call this."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def warn_unless_same(value, warning):
+    """Return whether all ranks have one value, or warn. All ranks have to call this."""
+    is_same = len(set(gather(str(value)))) == 1  # as text, because NaN != NaN
+    if not is_same and dist.get_rank() == 0:
+        print(f"WARNING: {warning}")
+    return is_same
+
+
+def mean_over_ranks(number, device):
+    """Return a tensor, the mean over all ranks. All ranks have to call this."""
+    total = torch.full((), number, device=device)
+    dist.all_reduce(total)  # now it is the sum over all ranks
+    return total / dist.get_world_size()
+
+
+def make_datasets_in_turn(args):
+    """Call make_datasets on local rank 0 first: the others find what it downloads."""
+    if os.environ["LOCAL_RANK"] != "0":
+        gather(None)  # waits for all ranks, until --timeout
+    datasets = make_datasets(args)
+    if os.environ["LOCAL_RANK"] == "0":
+        gather(None)
+    return datasets
+
+
+def as_text(means):
+    return "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+
+
+# Guards. Each prevents a failure, or reports one that nobody would notice.
+
+
+def compare_data(dataset, args):
+    """Stop if the ranks' datasets differ in length; warn if some samples differ."""
+    length, lengths = len(dataset), gather(len(dataset))
+    if len(set(lengths)) > 1:
+        stop(f"the ranks have {lengths} samples. README: Different data")
+    if length < args.batch_size * dist.get_world_size():
+        stop(f"{length} samples are too few: some rank would not have a whole batch")
+    seed_everything(args.seed)  # so that all ranks draw the same augmentation
+    number = min(args.batch_size, 8)  # as many samples as collate can surely combine
+    indices = [i * (length - 1) // number for i in range(1, number + 1)]
+    batch = next(iter(make_loader(dataset, [indices], args)))
+    file = io.BytesIO()
+    torch.save(to_device(batch, "cpu", copy=True), file)  # a view would be saved whole
+    warning = "the ranks read different samples. README: Different data"
+    warn_unless_same(zlib.crc32(file.getvalue()), warning)
+
+
+def compare_weights(model):
+    """Return whether all ranks have the same weights. If not, print a warning."""
+    norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
+    warning = "the ranks' weights differ. README: Different weights"
+    return warn_unless_same(norms, warning)
+
+
+def stop(reason):
+    """Print the reason once, and end. All ranks have to call this."""
+    if dist.get_rank() == 0:
+        print(reason, file=sys.stderr, flush=True)
+    leave_group()
+    sys.exit(1)
+
+
+def guard_process(args):
+    """Guard this process against rare failures. It has to be called before joining."""
+    # If output goes to a file or a pipe, show each line at once.
+    sys.stdout.reconfigure(line_buffering=True)
+    # If the parent process is killed, it cannot end this one: then Linux does it.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread
+    # of Gloo frees a message. A short wait lets that thread finish.
+    if args.backend == "gloo" and sys.version_info < (3, 12):
+        os.register_at_fork(before=lambda: time.sleep(0.05))
+
+
+def leave_group():
+    """Leave the process group. Without the other lines, Gloo can abort or hang here.
+
+    See pytorch issue 190489.
+    """
+    gc.collect()  # frees the DDP model, which keeps the group alive
+    time.sleep(0.1)  # a thread of Gloo may still be freeing the last message
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

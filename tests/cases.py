@@ -18,7 +18,6 @@ import os
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import models
@@ -34,6 +33,9 @@ DEFAULTS = "--dataset_length 40 --batch_size 8 --input_size 64 --epochs 1"
 CPU = torch.device("cpu")
 # .item(); torch.tensor(x) and new_tensor(x); .to(device)
 WAITING = ["_local_scalar_dense", "lift_fresh", "_to_copy"]
+DEFINITIONS = "MyDataset MyModel make_datasets make_model compute_loss count_items"
+DEFINITIONS += " COUNTS_DIFFER collate make_optimizer make_scheduler wrap_in_ddp"
+DEFINITIONS = DEFINITIONS.split()
 STORE, count = [], iter(range(10000))
 
 
@@ -56,43 +58,69 @@ def compare(args):
 def check(args):
     """Return the same, without measuring the parts of a step."""
     figures = {"ddp_step_ms": {"data": 0, "compute": 1, "sync": 0}}
-    figures.update(normal_step_ms=1, large_batch_step_ms=None)
-    assert hasattr(ddp, "measure_steps")
-    with replaced(measure_steps=lambda *_: figures):
+    figures.update(steps_per_epoch=1, compute_ms_by_rank=[1] * args.world_size)
+    assert hasattr(ddp, "measure_step")
+    with replaced(measure_step=lambda *_: figures):
         return compare(args)
-
-
-def weights(args):
-    """Return the weights after a training with torchrun_ddp.py, and its lines."""
-    ended, evaluate = [], torchrun_ddp.evaluate
-
-    def note(ddp_model, *more):
-        ended[:] = [value.flatten().tolist() for value in ddp_model.module.parameters()]
-        return evaluate(ddp_model, *more)
-
-    with replaced(evaluate=note):
-        lines = train(args)
-    return [ended, lines]
 
 
 def train(args):
     """Return the lines that torchrun_ddp.py prints, also if it refuses to train."""
-    stays = replaced(leave_group=lambda: None)
+    return trained(args)[1]
+
+
+def weights(args):
+    """Return the weights after a training with torchrun_ddp.py, and its lines."""
+    trainer, lines = trained(args)
+    return [[p.flatten().tolist() for p in trainer.model.parameters()], lines]
+
+
+def rates(args):
+    """Return the learning rate of each step, and the lines."""
+    found, train_step = [], torchrun_ddp.Trainer.train_step
+
+    def step(trainer, *arguments):
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+        train_step(trainer, *arguments)
+
+    with replaced(torchrun_ddp.Trainer, train_step=step):
+        return [found, train(args)]
+
+
+def trained(args):
+    trainer, stays = None, replaced(leave_group=lambda: None)
     with printed() as says, stays, contextlib.suppress(SystemExit):
-        torchrun_ddp.train(args, CPU)
-    return says.getvalue().splitlines()
+        trainer = torchrun_ddp.Trainer(args, CPU)
+        trainer.train()
+    return trainer, says.getvalue().splitlines()
 
 
 def interrupted(args):
-    """Return the same of a training that ends after some steps, as by a kill."""
-    train_step, steps = torchrun_ddp.train_step, itertools.count()
+    """Return the lines of a training that ends after some steps, as by a kill."""
+    train_step, steps = torchrun_ddp.Trainer.train_step, itertools.count()
 
     def step(*arguments):
         if next(steps) == args.steps:
             sys.exit()
         train_step(*arguments)
 
-    with replaced(train_step=step):
+    with replaced(torchrun_ddp.Trainer, train_step=step):
+        return train(args)
+
+
+def buffers(args):
+    """Return rank 0's and, after a validation, all ranks' sums of the buffers."""
+    trainer, _ = trained(args)
+    trainer.train_epoch()  # since the last validation, they have changed
+    own = float(sum(buffer.sum() for buffer in trainer.model.buffers()))
+    others = torchrun_ddp.gather(own)
+    trainer.validate()
+    ends = torchrun_ddp.gather(float(sum(b.sum() for b in trainer.model.buffers())))
+    return [others[1], ends] if ends[0] == own else [own, []]
+
+
+def killed_in_validation(args):
+    with replaced(torchrun_ddp.Trainer, validate=models.killed):
         return train(args)
 
 
@@ -100,19 +128,17 @@ def other_snapshots(args):
     """Return the same where each rank has a folder of its own, with another snapshot."""
     rank = dist.get_rank()
     args.snapshot_path = f"snapshot of rank {rank}.pt"
-    model = torchrun_ddp.make_model(args)
-    optimizer = torchrun_ddp.make_optimizer(model, args)
-    training = torchrun_ddp.Training(optimizer, None, None)
-    torchrun_ddp.save_snapshot(args, model, training, 1 + rank, 0)
+    with printed():
+        trainer = torchrun_ddp.Trainer(args, CPU)
+    trainer.epochs_done = 1 + rank
+    torchrun_ddp.save_snapshot(trainer, args.snapshot_path)
     return train(args)
 
 
 def example(args):
     """Return what both scripts print with a file of definitions, and when one resumes."""
-    names = "MyDataset MyModel make_datasets make_model compute_loss count_items"
-    names += " collate make_optimizer make_scheduler wrap"
     args.snapshot_path = f"{Path(args.definitions).stem}.pt"
-    with replaced(**{name: vars(ddp)[name] for name in names.split()}):
+    with replaced(**{name: vars(ddp)[name] for name in DEFINITIONS}):
         with printed() as says:
             for script in (ddp, torchrun_ddp):
                 script.use_definitions(args.definitions)
@@ -122,19 +148,12 @@ def example(args):
         return {**lines, "again": train(args), "compare": figures}
 
 
-def progress(args):
-    """Return the same, where 3 seconds pass from each look at the clock to the next."""
-    clock = types.SimpleNamespace(perf_counter=itertools.count(0, 3).__next__)
-    with replaced(time=clock):
-        return train(args)
-
-
 def waits(args):
     """Return what a step reads from tensors, or makes on the host and moves.
 
     On a CPU, nothing waits; but these are the operations that would, on a GPU.
     """
-    seen, train_step = collections.Counter(), torchrun_ddp.train_step
+    seen, train_step = collections.Counter(), torchrun_ddp.Trainer.train_step
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -145,7 +164,11 @@ def waits(args):
         with Watch():
             train_step(*arguments)
 
-    with replaced(train_step=watched):
+    def count(batch, count_items=torchrun_ddp.count_items):
+        number = count_items(batch)  # of the CPU, which need not wait
+        return float(number.numpy()) if torch.is_tensor(number) else number
+
+    with replaced(torchrun_ddp.Trainer, train_step=watched), replaced(count_items=count):
         train(args)
     assert seen["addmm"] or seen["mm"], seen  # it has seen the model at all
     return {name: seen[name] for name in WAITING if seen[name]}
@@ -160,18 +183,19 @@ def printed():
 
 
 @contextlib.contextmanager
-def replaced(**parts):
-    """Let parts of the scripts be others, while this context lasts."""
-    before = {}
-    for script in (ddp, torchrun_ddp):
-        for name in filter(vars(script).__contains__, parts):
-            before[script, name] = vars(script)[name]
-            vars(script)[name] = parts[name]
+def replaced(*places, **parts):
+    """Let parts of the scripts, or of a class, be others while this context lasts."""
+    before = []
+    for place in places or (ddp, torchrun_ddp):
+        for name in filter(vars(place).__contains__, parts):
+            before.append((place, name, vars(place)[name]))
+            setattr(place, name, parts[name])
+    assert before or not parts, f"there is no {list(parts)}"
     try:
         yield
     finally:
-        for (script, name), part in before.items():
-            vars(script)[name] = part
+        for place, name, part in before:
+            setattr(place, name, part)
 
 
 def worker(rank, world_size, port, cases):
@@ -181,7 +205,7 @@ def worker(rank, world_size, port, cases):
         os.register_at_fork(before=lambda: time.sleep(0.05))
     mp.set_start_method(None, force=True)
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(world_size)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     STORE.append(dist.TCPStore("127.0.0.1", port))
     group = dist.PrefixStore("group", STORE[0])
     dist.init_process_group("gloo", store=group, rank=rank, world_size=world_size)
@@ -192,7 +216,7 @@ def worker(rank, world_size, port, cases):
         run = globals()[case.pop("run")]
         sys.argv = ["ddp.py", *DEFAULTS.split(), *case.pop("flags", "").split()]
         args = ddp.parse_flags(ddp.argparse.ArgumentParser())
-        more = {"cores": 2, "save_every": 0, "snapshot_path": None}
+        more = {"cores": 2, "threads": 1, "save_every": 0, "snapshot_path": None}
         vars(args).update({**more, "world_size": world_size, **case.pop("args", {})})
         with replaced(**{name: getattr(models, part) for name, part in case.items()}):
             result = run(args)

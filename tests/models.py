@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 
 import numpy
 import torch
@@ -55,12 +56,39 @@ class OtherwiseAugmented(Images):
 
 
 class OwnGenerator(Images):
-    """Cannot be repeated: its random numbers are those of no global generator."""
+    """Its random numbers are those of no global generator, but the same on all ranks."""
 
     def augment(self, image):
         if not hasattr(self, "generator"):
             self.generator = torch.Generator().manual_seed(0)
         return image + torch.randn(image.shape, generator=self.generator)
+
+
+class UnseededAugmented(Images):
+    """As albumentations: its generator starts with another seed in each process."""
+
+    def augment(self, image):
+        if not hasattr(self, "generator"):
+            self.generator = numpy.random.default_rng()
+        return image + torch.tensor(self.generator.normal(size=image.shape)).float()
+
+
+class AnySize(Images):
+    """Images of unequal sizes: none but batches of one sample are possible."""
+
+    def augment(self, image):
+        size = 8 + int(1e4 * image[0, 0, 0].abs()) % 3
+        return functional.interpolate(image[None], size=(size, size))[0]
+
+
+class BlackBorder(Images):
+    """A mistake: data that differs between ranks, inside a large and black image."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        large = torch.zeros(1, 80, 80)
+        large[:, 36:44, 36:44] = image + 0.01 * dist.get_rank()
+        return large, label
 
 
 class CNN(nn.Sequential):
@@ -102,6 +130,16 @@ class CountingCNN(CNN):
     def forward(self, images):
         self.calls += 1
         return super().forward(images) * self.calls
+
+
+class GrowingCNN(CNN):
+    """Cannot be repeated: each call differs a little from the one before."""
+
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return super().forward(images) * (1 + 0.004 * self.calls)
 
 
 class TrainingOnlyCNN(CNN):
@@ -259,7 +297,7 @@ def text_loss(model, batch):
     # In place of its mean over the tokens, which would count the padding:
     outputs = (outputs * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     loss = functional.cross_entropy(outputs, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def token_loss(model, batch):
@@ -269,7 +307,7 @@ def token_loss(model, batch):
     targets = tokens[:, 1:].flatten()
     loss = functional.cross_entropy(outputs.flatten(0, 1), targets, ignore_index=0)
     correct = (outputs.flatten(0, 1).argmax(dim=1) == targets) & (targets != 0)
-    return loss, correct.sum()
+    return loss, {"accuracy": correct.sum()}
 
 
 def label_count(batch):
@@ -279,11 +317,6 @@ def label_count(batch):
 def token_count(batch):
     """Of the tokens that are predicted; there can be none."""
     return (batch["tokens"][:, 1:] != 0).sum()
-
-
-def token_int(batch):
-    """A mistake: an int, although batches have unequal numbers."""
-    return int(token_count(batch))
 
 
 class Nested(Dataset):
@@ -305,7 +338,7 @@ def nested_loss(model, batch):
     assert names[0] == "name"
     outputs = model(torch.cat([image["top"], *image["rest"]], dim=2))
     loss = functional.cross_entropy(outputs, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 class Answers(Dataset):
@@ -331,7 +364,7 @@ def squared_error(model, batch):
     inputs, answers = batch
     outputs = model(inputs)
     loss = functional.mse_loss(outputs, answers)
-    return loss, (outputs - answers).abs().sum()  # it has a gradient
+    return loss, {"error": (outputs - answers).abs().sum()}  # it has a gradient
 
 
 class Views(Images):
@@ -353,7 +386,7 @@ def contrastive_loss(model, batch):
     targets = torch.arange(len(one), device=one.device)
     similar = 5 * one @ other.T
     correct = (similar.argmax(dim=1) == targets).sum()
-    return functional.cross_entropy(similar, targets), correct
+    return functional.cross_entropy(similar, targets), {"accuracy": correct}
 
 
 def siamese_loss(model, batch):
@@ -361,7 +394,7 @@ def siamese_loss(model, batch):
     outputs, others = model(images), model(images.flip(-1))
     loss = functional.cross_entropy(outputs, labels)
     loss = loss + functional.cross_entropy(others, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def overflows_now_and_then(model, batch):
@@ -369,9 +402,9 @@ def overflows_now_and_then(model, batch):
     inputs, labels = batch
     outputs = model(inputs)
     loss = functional.cross_entropy(outputs, labels)
-    overflows = (inputs[0, 0] > 2.4) & model.training
+    overflows = (inputs.flatten()[0] > 2.4) & model.training
     loss = loss * torch.where(overflows, float("inf"), 1.0)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def infinite_on_rank_1(model, batch):
@@ -383,9 +416,10 @@ def infinite_on_rank_1(model, batch):
     module.calls = getattr(module, "calls", 0) + model.training
     if module.calls == 3 and model.training and dist.get_rank() == 1:
         loss = loss * float("inf")
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
+YES, NO = True, False  # for COUNTS_DIFFER
 CNN_JOB = {"MyDataset": "Images", "MyModel": "CNN"}
 TEXT_JOB = {"MyDataset": "Texts", "MyModel": "TextModel", "collate": "pad"}
 TEXT_JOB.update(compute_loss="text_loss", count_items="label_count")
@@ -405,7 +439,12 @@ JOBS = {
         "MyModel": "Regression",
         "compute_loss": "squared_error",
     },
-    "tokens": dict(TEXT_JOB, compute_loss="token_loss", count_items="token_count"),
+    "tokens": dict(
+        TEXT_JOB,
+        compute_loss="token_loss",
+        count_items="token_count",
+        COUNTS_DIFFER="YES",
+    ),
     "contrastive": {
         "MyDataset": "Views",
         "MyModel": "Encoder",
@@ -506,6 +545,10 @@ class RecordedSamples(Samples):
 
 class ResumedSamples(RecordedSamples):
     who = "resumed "
+
+
+class ChangedSamples(RecordedSamples):
+    who = "changed "
 
 
 class UnseededImages(TorchAugmented):
@@ -624,6 +667,12 @@ def wrap_nan(model):
     return NaNAfter(model)
 
 
+def wrap_nan_in_first(model):
+    """A mistake: with DDP alone, the gradient of the first parameter is not finite."""
+    next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    return DistributedDataParallel(model)
+
+
 class Experts(nn.Module):
     """Each batch goes to one of two experts: the other one gets no gradient."""
 
@@ -661,42 +710,37 @@ class Observed(nn.Module):
         return self.linear(flat.clamp(self.lowest, self.highest))
 
 
-class OddBuffers(CNN):
-    """A sparse buffer and one of another size on each rank, which DDP is told to ignore."""
+class TurnedBuffer(CNN):
+    """A buffer that is not contiguous, and differs between ranks after the first step."""
 
     def __init__(self, input_size):
         super().__init__(input_size)
-        self.register_buffer("sparse", torch.eye(3).to_sparse())
-        self.register_buffer("own", torch.ones(dist.get_rank() + 1))
-        self.register_buffer("turned", torch.ones(2, 3).t())
-        names = ["sparse", "own"]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+        self.register_buffer("turned", torch.zeros(2, 3).t())
+
+    def forward(self, images):
+        if self.training:
+            with torch.no_grad():
+                self.turned += images.mean()
+        return super().forward(images)
 
 
-class Fields(dict):
-    """A dictionary of another type, with an attribute of its own."""
-
-    language = None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Pair:
+    __slots__ = ("image", "label")
     image: torch.Tensor
     label: torch.Tensor
 
 
 def collate_pair(samples):
-    fields = Fields(pair=Pair(*default_collate(samples)))
-    fields.language = "en"
-    return fields
+    return {"pair": Pair(*default_collate(samples)), "language": "en"}
 
 
 def pair_loss(model, batch):
-    assert type(batch) is Fields and batch.language == "en", batch
+    assert batch["language"] == "en", batch
     pair = batch.pop("pair")
     outputs = model(pair.image)
     loss = functional.cross_entropy(outputs, pair.label)
-    return loss, (outputs.argmax(dim=1) == pair.label).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == pair.label).sum()}
 
 
 def pair_count(batch):
@@ -767,7 +811,7 @@ def past_the_wrapper(model, batch):
     images, labels = batch
     outputs = getattr(model, "module", model).encode(images)
     loss = functional.cross_entropy(outputs, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def second_optimizer(model, batch):
@@ -782,7 +826,7 @@ def second_optimizer(model, batch):
                 lambda bias: (outputs.detach() + bias).logsumexp(1).mean(), head
             )
     loss = functional.cross_entropy(outputs, labels)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def weighted_loss(model, batch):
@@ -791,15 +835,15 @@ def weighted_loss(model, batch):
     weights = torch.tensor([0.3, 1.7], device=inputs.device)
     outputs = model(inputs)
     loss = functional.cross_entropy(outputs, labels, weights)
-    return loss, (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == labels).sum()}
 
 
 def weight_count(batch):
     return torch.tensor([0.3, 1.7])[batch[1]].sum()
 
 
-def one_cycle(optimizer, steps, args):
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+def one_cycle(optimizer, total_steps, args):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps)
 
 
 def groups(model, args):
@@ -843,7 +887,8 @@ def target_loss(model, batch):
     tokens, targets = batch
     outputs = model(tokens).flatten(0, 1)
     loss = functional.cross_entropy(outputs, targets.flatten())  # NaN without targets
-    return loss, (outputs.argmax(dim=1) == targets.flatten()).sum()
+    correct = (outputs.argmax(dim=1) == targets.flatten()).sum()
+    return loss, {"accuracy": correct}
 
 
 def target_count(batch):
@@ -854,20 +899,68 @@ def reads_a_value(model, batch):
     """A mistake: it waits for the GPU."""
     inputs, labels = batch
     loss = functional.cross_entropy(model(inputs), labels)
-    return loss, loss.item()
+    return loss, {"read": loss.item()}
 
 
 def makes_a_tensor(model, batch):
     """A mistake: it waits for the GPU, too."""
     inputs, labels = batch
     loss = functional.cross_entropy(model(inputs), labels)
-    return loss * loss.new_tensor(len(labels)), 0
+    return loss * loss.new_tensor(len(labels)), {}
 
 
 PARTLY = {"MyDataset": "PartlyLabelled", "MyModel": "Tagger"}
 PARTLY.update(compute_loss="target_loss", count_items="target_count")
+PARTLY["COUNTS_DIFFER"] = "YES"
 PAIR_JOB = {"collate": "collate_pair", "compute_loss": "pair_loss"}
 PAIR_JOB["count_items"] = "pair_count"
+
+
+def two_metrics(model, batch):
+    images, labels = batch
+    outputs = model(images)
+    loss = functional.cross_entropy(outputs, labels)
+    correct = (outputs.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": correct, "ones": 1.0 * len(labels)}
+
+
+def no_metrics(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1]), {}
+
+
+def no_validation(args):
+    return Images(args.dataset_length, args.input_size), None
+
+
+def downloads(args):
+    """Make a file on local rank 0, in two parts. The other ranks have to find both."""
+    path = Path("downloaded")
+    if os.environ["LOCAL_RANK"] == "0":
+        path.write_text("a half")
+        time.sleep(1)
+        path.write_text("all of it")
+    assert path.read_text() == "all of it", path.read_text()
+    return Images(args.dataset_length, args.input_size), None
+
+
+class ConstantModel(CNN):
+    """One model for the whole process, made when this module is imported."""
+
+    def __new__(cls, *args):
+        if "model" not in vars(cls):
+            cls.model = CNN(0)
+        return cls.model
+
+
+def cosine(optimizer, total_steps, args):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+
+
+def decaying(model, args):
+    """Another weight decay than that of `groups`."""
+    optimizer = groups(model, args)
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    return optimizer
 
 
 def killed(*_):

@@ -26,9 +26,9 @@ BAD_FLAGS = [
     ("--timeout 0", "--timeout"),
     ("--max_grad_norm -1", "--max_grad_norm must be a number from 0"),
     ("--precision half", "--precision: invalid choice: 'half'"),
-    ("--definitions no.py", "--definitions no.py: no such file"),
+    ("--definitions no.py", "--definitions no.py: there is no such file NAME.py"),
+    ("--definitions ddp.py.bak", "there is no such file NAME.py"),
     ("--backend mpi", "--backend: invalid choice: 'mpi'"),
-    ("--backend nccl", "--backend nccl needs a CUDA GPU; use --backend gloo"),
     ("--nonsense", "--nonsense"),
 ]
 
@@ -46,6 +46,8 @@ def refuse(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["script.py", *flags.split()])
         with pytest.raises(SystemExit) as error:
             script.parse_args()
+            if script is ddp:
+                script.open_store()
         assert error.value.code == 2
         return capsys.readouterr().err
 
@@ -62,9 +64,11 @@ def test_a_bad_flag(refuse, monkeypatch, script, flags, says):
 
 @pytest.mark.parametrize("script", [ddp, torchrun_ddp], ids=["ddp", "torchrun"])
 def test_definitions_named_like_a_module(refuse, tmp_path, script):
-    (tmp_path / "random.py").write_text("MyModel = None")
-    says = refuse(script, f"--definitions {tmp_path}/random.py")
-    assert "random.py: no such file, or a module has its name" in says
+    for name in ("random.py", "mine.v2.py", "mine"):
+        (tmp_path / name).write_text("MyModel = None")
+        says = refuse(script, f"--definitions {tmp_path}/{name}")
+        reason = "a loaded module has" if name == "random.py" else "there is no such"
+        assert f"{name}: {reason}" in says
 
 
 @pytest.mark.parametrize(
@@ -73,8 +77,6 @@ def test_definitions_named_like_a_module(refuse, tmp_path, script):
         ("--world_size 0", "--world_size must be from 1 to"),
         ("--world_size 100000", "--world_size must be from 1 to"),
         ("--world_size two", "--world_size"),
-        ("--json no/such/folder.json", "No such file"),
-        ("--json .", "Is a directory"),
     ],
 )
 def test_a_bad_flag_of_ddp(refuse, flags, says):
@@ -82,7 +84,7 @@ def test_a_bad_flag_of_ddp(refuse, flags, says):
 
 
 def test_bad_flags_of_torchrun_ddp(refuse, monkeypatch):
-    assert "start it with torchrun" in refuse(torchrun_ddp, "")
+    assert "start this script with torchrun" in refuse(torchrun_ddp, "")
     monkeypatch.setenv("LOCAL_RANK", "0")
     says = refuse(torchrun_ddp, "--save_every 5")
     assert "--save_every needs --snapshot_path" in says
@@ -98,26 +100,6 @@ def test_restarts_need_a_store_of_their_own(refuse, monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py"])
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     torchrun_ddp.parse_args()
-
-
-@pytest.mark.parametrize("script", [ddp, torchrun_ddp], ids=["ddp", "torchrun"])
-def test_more_processes_than_gpus(refuse, monkeypatch, script):
-    """With NCCL they are refused, unless NCCL is told to allow it."""
-    flags = "--world_size 3" if script is ddp else ""
-    monkeypatch.setattr("sys.argv", ["script.py", *flags.split()])
-    monkeypatch.setenv("LOCAL_RANK", "2")
-
-    def two_gpus():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-
-    two_gpus()
-    says = refuse(script, flags)
-    assert "fewer GPUs than processes: --backend gloo lets them share" in says
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    args = script.parse_args()
-    assert (args[0] if script is ddp else args).backend == "nccl"
 
 
 # 192.0.2.1 is an address that is kept for examples: no machine has it.
@@ -145,20 +127,34 @@ def test_the_store_takes_the_port_that_is_set_and_else_any(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for _ in range(2):
         monkeypatch.delenv("MASTER_PORT", raising=False)
-        assert ddp.open_store(None).port > 0
+        assert ddp.open_store().port > 0
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("MASTER_PORT", str(port))
-    assert ddp.open_store(None).port == port
+    assert ddp.open_store().port == port
 
 
 def test_the_store_listens_on_its_address_only(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    store = ddp.open_store(None)
+    store = ddp.open_store()
     socket.create_connection(("127.0.0.1", store.port), timeout=5).close()
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", store.port), timeout=5)
+
+
+@pytest.mark.parametrize(
+    "text, says", [(b"\xff\xfeA", "'utf-8' codec can't decode"), (b"", "abc: invalid")]
+)
+def test_the_env_file_of_the_scripts_own_folder(finish, folder, text, says):
+    """Not one of a folder above, where MASTER_PORT would be 7; UTF-16 is refused."""
+    place = folder / "place"
+    place.mkdir()
+    (folder / ".env").write_text("MASTER_PORT=7\nCUDA_VISIBLE_DEVICES=9\n")
+    (place / ".env").write_bytes(text or b"MASTER_PORT=abc\n")
+    (folder / "ddp.py").rename(place / "ddp.py")
+    run = finish([sys.executable, "place/ddp.py"], code=2)
+    assert run.stderr.count("\n") == 1 and says in run.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

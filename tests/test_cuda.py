@@ -85,16 +85,15 @@ def test_training_is_that_of_the_cpu(finish, ranks, backend, env):
     low = "--precision bfloat16 --grad_accum_steps 3"
     for flags in ("", low, "--num_workers 2 --batch_size 999"):
         here = finish(torchrun(ranks), f"--backend {backend} {flags}", env=env)
-        assert f"{ranks} of {ranks} processes on cuda, backend {backend}" in here.stdout
+        assert here.stdout.startswith(f"{ranks} processes on cuda, {backend}")
         there = finish(torchrun(ranks), flags)
         close = 0.02 if "bfloat16" in flags else 0.001
         for lines in (epoch_lines, validation_lines):
             pairs = list(zip(lines(here.stdout), lines(there.stdout)))
             assert len(pairs) == 5
-            for (loss, accuracy), (other_loss, other_accuracy) in pairs:
-                assert loss == pytest.approx(other_loss, abs=close)
-                # 49.8 and 49.9 differ by a little more than 0.1 in floating point.
-                assert accuracy == pytest.approx(other_accuracy, abs=101 * close)
+            for one, other in pairs:
+                assert one["loss"] == pytest.approx(other["loss"], abs=close)
+                assert one["accuracy"] == pytest.approx(other["accuracy"], abs=close)
 
 
 @layouts
@@ -112,7 +111,8 @@ def test_the_comparison(finish, folder, define, ranks, backend, env, precision, 
     result = json.loads((folder / "figures.json").read_text())
     print(model, flags, "difference:", result["gradient_difference"])
     assert result["same_gradients"] is True and result["same_weights"] is True
-    assert sum(result["ddp_step_ms"].values()) > 0 < result["large_batch_step_ms"]
+    assert sum(result["ddp_step_ms"].values()) > 0 and result["device"] != "cpu"
+    assert "One GPU may be faster with larger batches" in run.stdout or ranks == 1
 
 
 @layouts
@@ -165,7 +165,7 @@ def test_a_killed_run_resumes(start, finish, folder, ranks, backend, env):
     wait_for_mid_epoch(run, folder / "killed.pt")
     run.kill_all()
     again = finish(torchrun(ranks), f"{flags} killed.pt --save_every 7", env=env)
-    assert ", resuming" in again.stdout
+    assert ": resuming after" in again.stdout
     whole, killed = (load(folder / f"{name}.pt") for name in ("whole", "killed"))
     assert same(whole["settings"], killed["settings"])
     for name, tensor in whole["model"].items():

@@ -1,7 +1,9 @@
 """--definitions: what a file defines takes the place of the scripts' own."""
 
+import json
+
 import pytest
-from conftest import SCRIPTS, epoch_lines, side_by_side
+from conftest import ROOT, SCRIPTS, both_ways, epoch_lines
 
 SHORT = "--epochs 2 --dataset_length 400"
 both = pytest.mark.parametrize("name", SCRIPTS)
@@ -45,7 +47,7 @@ def test_a_file_in_another_folder(finish, folder, name, method):
     flags = f"--definitions elsewhere/my-own.py {SHORT} --num_workers 1"
     run = finish(SCRIPTS[name], flags)
     assert run.stdout.count("From elsewhere/my-own.py: MyDataset, MyModel\n") == 1
-    lines = side_by_side if name == "ddp" else epoch_lines
+    lines = both_ways if name == "ddp" else epoch_lines
     assert len(lines(run.stdout)) == 2
     assert name == "torchrun" or "DDP is right" in run.stdout
 
@@ -57,11 +59,29 @@ def test_a_file_that_defines_nothing(finish, folder, name):
     (place / "none.py").write_text("MyModle = None")
     flags = "--definitions elsewhere/none.py"
     run = finish(SCRIPTS[name], flags, code=2 if name == "ddp" else 1)
-    assert run.stderr.count("none.py defines none of MyDataset, MyModel, make_") == 1
+    assert run.stdout.count("From elsewhere/none.py: none of MyDataset, MyM") == 1
     # torchrun adds a traceback of its own.
     assert run.stderr.count("Traceback") == (name == "torchrun")
     assert name == "ddp" or "exitcode  : 2 " in run.stderr
-    assert not epoch_lines(run.stdout) and not side_by_side(run.stdout)
+    assert not epoch_lines(run.stdout) and not both_ways(run.stdout)
+
+
+@both
+def test_an_edited_copy_of_torchrun_ddp(finish, folder, name):
+    """ddp.py then checks the very script that trains."""
+    source = (ROOT / "torchrun_ddp.py").read_text()
+    layer = "self.linear = nn.Linear(input_size, 2)"
+    assert source.count(layer) == 1
+    wider = "self.linear = nn.Sequential(nn.Linear(input_size, 5), nn.Linear(5, 2))"
+    (folder / "mine.py").write_text(source.replace(layer, wider))
+    flags = f"--definitions mine.py {SHORT}"
+    run = finish(SCRIPTS[name], f"{flags} --json a.json" if name == "ddp" else flags)
+    assert "From mine.py: MyDataset, MyModel, make_datasets, make_model," in run.stdout
+    assert run.stderr == ""
+    if name == "ddp":
+        assert "DDP is right" in run.stdout
+        figures = json.loads((folder / "a.json").read_text())
+        assert figures["gradient_bytes"] == 4 * (101 * 5 + 6 * 2)
 
 
 @pytest.mark.slow
@@ -70,9 +90,9 @@ def test_a_file_that_defines_nothing(finish, folder, name):
 def test_compiled(finish, define, name):
     code = "import torch\nfrom torch.nn.parallel import DistributedDataParallel\n"
     code += (
-        "def wrap(model):\n    return torch.compile(DistributedDataParallel(model))\n"
+        "def wrap_in_ddp(model):\n    return torch.compile(DistributedDataParallel(model))\n"
     )
     flags = define({"MyModel": "ConvBiasNorm", "MyDataset": "Images"}, code)
     run = finish(SCRIPTS[name], f"{flags} {SHORT}", timeout=280)
-    assert len(epoch_lines(run.stdout) or side_by_side(run.stdout)) == 2
+    assert len(epoch_lines(run.stdout) or both_ways(run.stdout)) == 2
     assert name == "torchrun" or "DDP is right" in run.stdout

@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 import torch
-from conftest import SCRIPTS, TORCHRUN, epoch_lines, side_by_side
+from conftest import SCRIPTS, TORCHRUN, both_ways, epoch_lines
 
 LONG = "--epochs 1000000 --dataset_length 2000"
 both = pytest.mark.parametrize("name", SCRIPTS)
@@ -22,7 +22,7 @@ def training(start):
 
     def training(name, flags=""):
         run = start(SCRIPTS[name], f"{LONG} {flags}")
-        lines = {"ddp": side_by_side, "torchrun": epoch_lines}[name]
+        lines = {"ddp": both_ways, "torchrun": epoch_lines}[name]
         run.wait_until(lambda: len(lines(run.stdout)) >= 2)
         return run
 
@@ -42,7 +42,7 @@ def test_an_exception_ends_the_run_and_is_shown(finish, define, name):
     flags = f"{LONG} {define({'MyModel': 'FailingModel'})}"
     run = finish(SCRIPTS[name], flags, code=1)
     assert "ValueError: a mistake in the model" in run.stderr
-    assert not epoch_lines(run.stdout) and not side_by_side(run.stdout)
+    assert not epoch_lines(run.stdout) and not both_ways(run.stdout)
 
 
 @pytest.mark.parametrize("when", ["starting", "training"])
@@ -95,7 +95,8 @@ def test_a_normal_epoch_may_take_longer_than_the_timeout(finish, define):
     flags += define({"MyDataset": "SlowSamples"})
     run = finish(SCRIPTS["ddp"], flags)
     # Two processes sleep half as long each: faster, however busy the machine.
-    assert side_by_side(run.stdout)[0][-1] > 1.3
+    ((normal, ddp),) = both_ways(run.stdout)
+    assert ddp["rate"] > 1.3 * normal["rate"]
 
 
 def test_restarts_with_torchruns_own_store_are_refused(start):
@@ -120,7 +121,8 @@ def test_restarts_with_a_store_of_their_own(start):
     run = start([*TORCHRUN, *launch.split()], flags, own_store)
     run.wait_until(lambda: len(epoch_lines(run.stdout)) >= 2)
     run.ranks()[1].kill()
-    run.wait_for(", resuming\nepoch ")
+    run.wait_for(": resuming after ")
+    run.wait_until(lambda: "\nepoch " in run.stdout.partition(": resuming")[2])
     run.ranks()[1].kill()
     assert run.wait(30) == 1 and run.all_gone()
     assert "SIGKILL" in run.stderr
@@ -148,7 +150,7 @@ atexit.register(record)
     if sys.platform == "linux":
         (folder / "sitecustomize.py").write_text(record)
     env = {"PYTHONPATH": str(folder)}
-    cyclic = define({}, "from models import CyclicDDP as wrap")
+    cyclic = define({}, "from models import CyclicDDP as wrap_in_ddp")
     command = SCRIPTS[name], f"--epochs 1 --dataset_length 1000 {cyclic}", env
     runs = [start(*command) for _ in range(2)]  # at once: each finds a free port
     for run in runs:

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 NAMES = ("torchrun_ddp.py", "ddp.py")
-OWN = {"main", "parse_args"}  # the same names, but not the same functions
+OWN = {"main", "parse_args", "Trainer", "Metrics"}  # not the same, but for the names
 
 
 def source(name):
@@ -21,13 +21,10 @@ def definitions(name):
     return {n.name: ast.get_source_segment(source(name), n) for n in nodes}
 
 
-def test_what_both_scripts_define_is_the_same_and_in_the_same_order():
+def test_what_both_scripts_define_is_the_same():
     one, other = (definitions(name) for name in NAMES)
     shared = [name for name in one if name in other and name not in OWN]
-    assert {"MyDataset", "MyModel", "train_epoch", "train_step", "make_loader"} < set(
-        shared
-    )
-    assert [name for name in other if name in shared] == shared
+    assert {"MyDataset", "MyModel", "compute_loss", "make_loader"} < set(shared)
     for name in shared:
         assert one[name] == other[name], f"{name} differs between the scripts"
 
@@ -35,11 +32,9 @@ def test_what_both_scripts_define_is_the_same_and_in_the_same_order():
 def test_the_marks_are_the_same_in_both_scripts_and_the_readme():
     numbers = [str(n) for n in range(1, 10)]
     for name in NAMES:
-        for text in definitions(name).values():
-            marks = re.findall(r"DDP (\d)", text)
-            assert marks == sorted(marks), f"marks out of order: {text}"
         code = source(name).split('"""', 2)[2]
-        assert sorted(set(re.findall(r"DDP (\d)", code))) == numbers
+        marks = re.findall(r"DDP (\d)(?=[:.])", code)  # not "DDP 5, again"
+        assert sorted(marks) == numbers, marks
     assert re.findall(r"^\| (\d) [a-z]", source("README.md"), re.MULTILINE) == numbers
 
 

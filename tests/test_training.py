@@ -2,11 +2,11 @@
 
 import argparse
 import itertools
-import re
 
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import epoch_lines, validation_lines
 from models import CNN_JOB, JOBS, PAIR_JOB, PARTLY, TEXT_JOB
 from torch.nn.functional import cross_entropy
@@ -23,6 +23,7 @@ FLAGS += " --grad_accum_steps {}"
 
 WAYS_OF = {"tokens": PARTLY, "samples": CNN_JOB}
 WEIGHTED = {"compute_loss": "weighted_loss", "count_items": "weight_count"}
+WEIGHTED["COUNTS_DIFFER"] = "YES"
 QUICK = {"toy": {}, "CNN": CNN_JOB, "tokens": PARTLY}
 QUICK["schedule"] = {"make_scheduler": "one_cycle"}
 SLOW = {"item": {"compute_loss": "reads_a_value"}}
@@ -30,9 +31,9 @@ SLOW["new_tensor"] = {"compute_loss": "makes_a_tensor"}
 # What may look like a mistake, and must not be warned of.
 ODD = {
     "sparse": dict(TEXT_JOB, MyModel="Sparse", make_optimizer="sgd"),
-    "experts": {**CNN_JOB, "MyModel": "Experts", "wrap": "wrap_unused"},
+    "experts": {**CNN_JOB, "MyModel": "Experts", "wrap_in_ddp": "wrap_unused"},
     "observers": {**CNN_JOB, "MyModel": "Observed"},
-    "odd buffers": {**CNN_JOB, "MyModel": "OddBuffers"},
+    "turned buffer": {**CNN_JOB, "MyModel": "TurnedBuffer"},
     "BatchNorm": {**CNN_JOB, "MyModel": "ConvBiasNorm"},
     "teacher": {**CNN_JOB, "MyModel": "TeacherCNN"},
     "masked": dict(PARTLY, compute_loss="target_loss"),
@@ -84,10 +85,18 @@ for name, job in {**QUICK, **SLOW}.items():
 for name, job in TRAINED.items():
     flags = "--dataset_length 400 --epochs 3 --learning_rate 0.01"
     CASES[2][name] = {"run": "train", "flags": flags, **job}
-CASES[2]["progress"] = {"run": "progress", "flags": "--dataset_length 160"}
+CASES[2]["no validation"] = {"run": "train", **CNN_JOB, "make_datasets": "no_validation"}
+one = "--batch_size 1 --grad_accum_steps 4 --dataset_length 100"
+CASES[2]["any size"] = {"run": "train", **CNN_JOB, "MyDataset": "AnySize", "flags": one}
+for name in ("two_metrics", "no_metrics"):
+    CASES[3][name] = {"run": "train", **CNN_JOB, "compute_loss": name}
+    CASES[3][name]["flags"] = "--batch_size 5 --dataset_length 20"  # 2 to validate
+CASES[3]["downloads"] = {"run": "train", **CNN_JOB, "make_datasets": "downloads"}
 HALF = {"run": "train", **CNN_JOB}
 HALF["flags"] = "--dataset_length 400 --epochs 4 --precision float16"
 CASES[2]["float16 learns"] = HALF
+for name, model in ("BatchNorm", "BatchNormCNN"), ("turned buffer", "TurnedBuffer"):
+    CASES[2][f"buffers: {name}"] = {"run": "buffers", **CNN_JOB, "MyModel": model}
 CASES[2]["float16 overflows"] = dict(HALF, compute_loss="infinite_on_rank_1")
 
 
@@ -136,11 +145,28 @@ def test_what_diverges_is_nan(results, name):
     assert "loss nan" in results[2][name][0]
 
 
-def test_progress_is_printed(results):
-    """After each five seconds, but not at each step: here, after every second one."""
-    line = r"  batch (\d+)/10  loss of rank 0 [\d.]+  [\d,.]+ samples/s"
-    found = [re.fullmatch(line, printed) for printed in results[2]["progress"]]
-    assert [match[1] for match in found if match] == ["2", "4", "6", "8", "10"]
+def test_several_metrics_or_none(results):
+    """With two samples for three ranks to validate."""
+    lines = "\n".join(results[3]["two_metrics"])
+    for found in epoch_lines(lines) + validation_lines(lines):
+        assert list(found)[:3] == ["loss", "accuracy", "ones"] and found["ones"] == 1
+    lines = "\n".join(results[3]["no_metrics"])
+    assert [*epoch_lines(lines)[0]] == ["loss"] == [*validation_lines(lines)[0]]
+
+
+def test_no_validation_set(results):
+    lines = "\n".join(results[2]["no validation"])
+    assert len(epoch_lines(lines)) == 1 and "validation" not in lines
+
+
+def test_images_of_any_size_one_by_one(results):
+    lines = results[2]["any size"]
+    assert len(epoch_lines("\n".join(lines))) == 1 and "WARNING" not in str(lines)
+
+
+def test_local_rank_0_downloads_first(results):
+    """The other ranks find the whole file, or the case fails."""
+    assert "epoch 1/1" in results[3]["downloads"][0]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -157,7 +183,7 @@ def test_a_step_that_waits_is_seen(results, name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_whatever_people_bring_trains(results, name):
     output = "\n".join(results[2][name])
-    losses = [loss for loss, _ in epoch_lines(output)]
+    losses = [found["loss"] for found in epoch_lines(output)]
     assert len(losses) == 3 and losses[-1] < losses[0], output
     assert len(validation_lines(output)) == 3 and "WARNING" not in output
 
@@ -183,26 +209,30 @@ def test_float16_skips_a_step_on_all_ranks(results):
     """It learns, and an overflow on one rank alone lets both skip the step."""
     for name in ("float16 learns", "float16 overflows"):
         lines = results[2][name]
-        assert epoch_lines("\n".join(lines))[-1][1] > 95, lines
+        assert epoch_lines("\n".join(lines))[-1]["accuracy"] > 0.95, lines
         assert "WARNING" not in str(lines)
 
 
-def test_parameters_of_the_loop():
-    """Clipping to a norm, by what plain PyTorch makes of the same gradient."""
-    model = torchrun_ddp.MyModel(5)
-    dataset = torchrun_ddp.MyDataset(8, 5)
-    batch = dataset[:]
-    args = argparse.Namespace(
-        precision="float32", grad_accum_steps=1, max_grad_norm=0.01
-    )
-    optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    before = [p.detach().clone() for p in model.parameters()]
-    training = torchrun_ddp.Training(optimizer, None, scaler)
+@pytest.mark.parametrize("name", ["BatchNorm", "turned buffer"])
+def test_rank_0s_buffers_are_used_to_validate(results, name):
+    """Each rank has trained with other data, so without that they would differ."""
+    own, of_all = results[2][f"buffers: {name}"]
+    assert own != of_all[0] and of_all[0] == of_all[1]
+
+
+def test_clipping(monkeypatch):
+    """To a norm, by what plain PyTorch makes of the same gradient."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    flags = {"input_size": 5, "batch_size": 8, "dataset_length": 8, "seed": 0}
+    flags.update(epochs=1, grad_accum_steps=1, learning_rate=1.0, max_grad_norm=0.01)
+    flags.update(num_workers=0, precision="float32", snapshot_path=None)
+    monkeypatch.setattr(torchrun_ddp, "make_optimizer", models.sgd)
+    trainer = torchrun_ddp.Trainer(argparse.Namespace(**flags), torch.device("cpu"))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
     metrics = torchrun_ddp.Metrics(torch.device("cpu"))
-    torchrun_ddp.train_step(
-        model, [batch], [8], training, metrics, args, torch.device("cpu")
-    )
-    moved = [b - p.detach() for b, p in zip(before, model.parameters())]
+    trainer.train_step([trainer.dataset[:]], metrics)
+    moved = [b - p.detach() for b, p in zip(before, trainer.model.parameters())]
+    torchrun_ddp.leave_group()
     length = torch.cat([m.flatten() for m in moved]).norm().item()
     assert length == pytest.approx(0.01, rel=1e-3)

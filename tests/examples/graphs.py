@@ -53,7 +53,7 @@ def make_model(args):
 def compute_loss(model, batch):
     outputs = model(batch)
     loss = nn.functional.cross_entropy(outputs, batch.y)
-    return loss, (outputs.argmax(dim=1) == batch.y).sum()
+    return loss, {"accuracy": (outputs.argmax(dim=1) == batch.y).sum()}
 
 
 def count_items(batch):

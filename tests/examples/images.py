@@ -51,10 +51,11 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=0.0003, weight_decay=0.05)
 
 
-def make_scheduler(optimizer, steps, args):
+def make_scheduler(optimizer, total_steps, args):
     """Return a warm-up, for a tenth of the steps, and then half a cosine, to 0."""
 
     def factor(step):
-        return min(10 * (step + 1) / steps, (1 + math.cos(math.pi * step / steps)) / 2)
+        done = step / total_steps
+        return min(10 * (step + 1) / total_steps, (1 + math.cos(math.pi * done)) / 2)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -48,12 +48,15 @@ def compute_loss(model, batch):
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logits = logits[:, :-1].transpose(1, 2)  # (batch, vocabulary, tokens)
     loss = nn.functional.cross_entropy(logits, labels)  # without the labels of -100
-    return loss, (logits.argmax(dim=1) == labels).sum()
+    return loss, {"accuracy": (logits.argmax(dim=1) == labels).sum()}
 
 
 def count_items(batch):
-    """Return how many tokens the loss is a mean over: unequally many on the ranks."""
+    """Return how many tokens the loss is the mean of."""
     return (batch["labels"][:, 1:] != -100).sum()
+
+
+COUNTS_DIFFER = True  # in a step, some ranks have more tokens than others
 
 
 def make_optimizer(model, args):

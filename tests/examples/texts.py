@@ -48,7 +48,8 @@ def make_model(args):
 
 def compute_loss(model, batch):
     outputs = model(**batch)
-    return outputs.loss, (outputs.logits.argmax(dim=1) == batch["labels"]).sum()
+    correct = (outputs.logits.argmax(dim=1) == batch["labels"]).sum()
+    return outputs.loss, {"accuracy": correct}
 
 
 def count_items(batch):
