@@ -1,6 +1,7 @@
 r"""Train a model with DistributedDataParallel (DDP), on one machine or on several.
 
-torchrun starts this script, in one process per GPU (or per core, without a GPU):
+torchrun starts this script several times: with "auto", once per GPU (or per core, if
+there is no GPU).
 
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
@@ -15,9 +16,10 @@ Part 2 trains. The comments "DDP 1" to "DDP 9" mark what a script for one GPU do
 need. Part 3 saves and resumes. Part 4 has flags, helpers, and guards against rare
 failures. DDP works without the guards.
 
-Each process has a rank, from 0 to world size - 1, and a local rank, its number on its
-own machine. A collective, such as all_reduce, is an exchange between all ranks. Every
-rank has to call it: if one does not, the others wait for it until --timeout.
+The world size is the number of processes. Each has a rank, from 0 to world size - 1,
+and a local rank, its number on its own machine. A collective, such as all_reduce, is an
+exchange between all ranks. Every rank has to call it: if one does not, the others wait
+for it until --timeout, and then fail.
 """
 
 import argparse
@@ -38,7 +40,6 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # a later import would hold the group: see leave_group
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -63,7 +64,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a whole batch. Optional: DataLoader calls this if it exists."""
+        """Return a whole batch. If this exists, DataLoader calls it: it is optional."""
         rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -80,7 +81,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None. No rank may differ here."""
+    """Return a training set, and a validation set or None. All ranks need the same."""
     length, size, seed = args.dataset_length, args.input_size, args.seed
     validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
     return MyDataset(length, size, seed), validation_set
@@ -91,10 +92,10 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of sums to report.
+    """Return the mean loss of a batch, and a dict of sums, such as of correct answers.
 
-    A sum, such as the number of correct answers, is reported per item. Call `model`
-    itself, and not one of its methods: DDP only sees calls of the model.
+    They are divided by the number of items, and printed. Call `model` itself, and not
+    one of its methods: DDP only sees calls of the model.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -114,7 +115,7 @@ COUNTS_DIFFER = False
 
 
 def collate(samples):
-    """Make a batch from a list of samples (or from what __getitems__ returned)."""
+    """Make a batch from a list of samples. (__getitems__ has made one already.)"""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -125,13 +126,13 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, total_steps, args):
-    """Return a learning rate scheduler, to be stepped after each step, or None."""
+    """Return None, or a scheduler, whose step() is called after each optimizer step."""
     return
 
 
 def wrap_in_ddp(model):
     """Return the model with DDP around it. Options of DDP go here."""
-    # This option saves a copy of the gradients.
+    # gradient_as_bucket_view: DDP would otherwise store the gradients twice.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -152,12 +153,12 @@ def main():
     if args.definitions:
         use_definitions(args.definitions)
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
-    gather(None)  # a first exchange: this connects them, or fails
+    gather_from_all(None)  # the first exchange connects the processes, or fails here
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
-        print(f"{dist.get_world_size()} processes on {how}")
+        print(f"world size {dist.get_world_size()} on {how}")
     Trainer(args, device).train()
-    leave_group()  # DDP 9: leave the process group
+    leave_group()  # DDP 9: leave the process group, so that the process ends cleanly
 
 
 class Trainer:
@@ -172,9 +173,9 @@ class Trainer:
         compare_data(self.dataset, args)
 
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
-        # parts have the same number of batches, and all batches are full. (The samples
-        # left over are few, and differ from epoch to epoch.) Choose the learning rate
-        # for the global batch: what all ranks together take in an optimizer step.
+        # parts have the same number of batches, and all batches are full. (What is left
+        # over, less than a batch of each rank, differs from epoch to epoch.) Choose the
+        # learning rate for the global batch, which all ranks take together in a step.
         self.global_batch = args.batch_size * args.grad_accum_steps * self.world_size
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
@@ -191,10 +192,10 @@ class Trainer:
         seed_everything(args.seed)
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
+        self.first_options = options_of(self.optimizer)  # see part 3
         total_steps = args.epochs * math.ceil(len(self.loader) / args.grad_accum_steps)
-        self.settings = settings_to_keep(self)  # see part 3
+        self.total_steps = total_steps
         self.scheduler = make_scheduler(self.optimizer, total_steps, args)
-        self.settings["steps of the scheduler"] = self.scheduler and total_steps
         use_scaler = args.precision == "float16"  # for gradients too small for float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
         self.autocast = make_autocast(args, device)
@@ -204,20 +205,19 @@ class Trainer:
             load_snapshot(self, args.snapshot_path)
         # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, if a
         # loss comes from a call of ddp_model, backward() also averages the gradients
-        # over the ranks. All ranks then take the same step, and their weights stay equal.
+        # over the ranks. All ranks then take the same step, and keep the same weights.
         self.ddp_model = wrap_in_ddp(self.model)  # shares its weights with self.model
 
     def train(self):
         """Train and validate until all epochs are done."""
-        args, seconds = self.args, 0
+        args, total_seconds = self.args, 0
         while self.epochs_done < args.epochs:
-            start = time.perf_counter()
-            means, samples_per_second = self.train_epoch()
-            seconds += time.perf_counter() - start
+            means, samples, seconds = self.train_epoch()
+            total_seconds += seconds
             self.epochs_done, self.samples_done = self.epochs_done + 1, 0
             if self.rank == 0:  # DDP 6: only rank 0 prints results and saves
                 line = f"epoch {self.epochs_done}/{args.epochs}  {as_text(means)}"
-                print(f"{line}  {samples_per_second:,.2f} samples/s")
+                print(f"{line}  {samples / seconds:,.2f} samples/s")
                 if args.snapshot_path:
                     save_snapshot(self, args.snapshot_path)
             if self.validation_loader is not None:
@@ -226,10 +226,10 @@ class Trainer:
                     print(f"  validation  {as_text(means)}")
             compare_weights(self.model)  # warns if they differ between ranks
         if self.rank == 0:
-            print(f"DDP training time: {seconds:.2f} seconds")
+            print(f"DDP training time: {total_seconds:.2f} seconds")
 
     def train_epoch(self):
-        """Train for one epoch. Return the means of its metrics, and samples/s."""
+        """Train for one epoch. Return its mean metrics, samples and seconds."""
         args = self.args
         # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
         # should differ between epochs and between ranks, too.
@@ -256,17 +256,17 @@ class Trainer:
         seconds = time.perf_counter() - start
         if not COUNTS_DIFFER:
             warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
-            warn_unless_same(metrics.items, warning)
-        return means, (self.samples_done - samples_before) / seconds
+            warn_unless_same(metrics.count, warning)
+        return means, self.samples_done - samples_before, seconds
 
     def train_step(self, batches, metrics):
         """Take one optimizer step, on these batches and those of the other ranks."""
         args = self.args
-        # Batches are counted in CPU memory: to read a number from a GPU would stall it.
+        # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        items_per_rank = sum(counts)
+        mean_count = sum(counts)  # of items in this step, per rank
         if COUNTS_DIFFER:
-            items_per_rank = mean_over_ranks(items_per_rank, self.device)
+            mean_count = mean_over_ranks(mean_count, self.device)
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
             # for all batches but the last. It has to enclose the forward pass, too.
@@ -275,11 +275,12 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # With n equal batches, the weight is 1 / n. If ranks have different
-                # counts, say 10 and 30 items, both divide their sum of losses by the
-                # mean, 20. DDP averages: (sum_0 / 20 + sum_1 / 20) / 2. That is the
-                # sum of all losses / 40, the mean over all items.
-                weight = count / items_per_rank if count else 0.0
+                # loss * count is the sum of the batch's losses. Each rank divides it by
+                # the mean count, and DDP averages over the ranks. So the result is the
+                # mean over all items. With 10 and 30 items, the mean count is 20, and
+                # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+                # (Without items, the loss is NaN, but cross_entropy's gradient is 0.)
+                weight = count / mean_count if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
         self.scaler.unscale_(self.optimizer)
@@ -293,8 +294,8 @@ class Trainer:
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
-        # BatchNorm's statistics differ between ranks. All take those of rank 0, which
-        # are also the ones that are saved.
+        # Buffers, such as BatchNorm's statistics, differ between ranks. All ranks take
+        # those of rank 0, which are also the ones that are saved.
         for buffer in self.model.buffers():
             values = buffer.contiguous()  # broadcast needs that
             dist.broadcast(values, 0)
@@ -317,12 +318,12 @@ class Metrics:
 
     def __init__(self, device):
         self.zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums, self.items = {}, 0
+        self.sums, self.count = {}, 0
 
     @torch.no_grad()
     def add(self, mean_loss, sums, count):
         if count:  # without items, the mean is NaN
-            self.items += count
+            self.count += count
             loss_sum = self.zero.add(mean_loss, alpha=count)  # mean_loss * count
             for name, value in {"loss": loss_sum, **sums}.items():
                 # To read a value, as .item() does, would make the CPU wait for the GPU.
@@ -332,24 +333,24 @@ class Metrics:
         """Return the means, by name. All ranks have to call this."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        items, totals = 0, {}
-        for rank_sums, rank_items in gather((sums, self.items)):
-            items += rank_items
+        count, totals = 0, {}
+        for rank_sums, rank_count in gather_from_all((sums, self.count)):
+            count += rank_count
             for name, value in rank_sums.items():
                 totals[name] = totals.get(name, 0.0) + value
-        return {name: total / items for name, total in totals.items()}
+        return {name: total / count for name, total in totals.items()}
 
 
 # ---- Part 3: snapshots. ----
 
 
 def save_snapshot(trainer, path):
-    """Save all that is needed to resume. Only rank 0 calls this."""
+    """Save what a resumed run needs. Only rank 0 calls this."""
     # If this ends rank 0, torchrun ends the other ranks, too.
     if not all(p.isfinite().all() for p in trainer.model.parameters()):
-        sys.exit("the weights are no longer finite: the last snapshot is kept")
+        sys.exit("the weights are no longer finite, so no snapshot is saved")
     if os.path.exists(path) and os.path.getmtime(path) != trainer.last_saved:
-        sys.exit(f"another training has saved to {path}: this one stops")
+        sys.exit(f"another run has saved to {path}, so this one stops")
     snapshot = {
         "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
         "optimizer": trainer.optimizer.state_dict(),
@@ -357,7 +358,7 @@ def save_snapshot(trainer, path):
         "scaler": trainer.scaler.state_dict(),
         "epochs_done": trainer.epochs_done,
         "samples_done": trainer.samples_done,
-        "settings": trainer.settings,
+        "settings": settings_to_keep(trainer),
         "global_batch": trainer.global_batch,
     }
     # After a crash, there is always a complete file, either the old or the new one.
@@ -365,7 +366,8 @@ def save_snapshot(trainer, path):
         torch.save(snapshot, file)
         file.flush()
         os.fsync(file.fileno())
-    torch.load(file.name, mmap=True, weights_only=True)  # fails now or never
+    # Fail now, rather than when resuming, if the file cannot be loaded.
+    torch.load(file.name, map_location="cpu", mmap=True, weights_only=True)
     os.replace(file.name, path)
     trainer.last_saved = os.path.getmtime(path)
 
@@ -383,16 +385,16 @@ def load_snapshot(trainer, path):
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
         reason = " ".join(str(error).split())[:900]
         problem = f"--snapshot_path {path}: {type(error).__name__}: {reason}"
-    problems = [text for text in gather(problem) if text]
+    problems = [text for text in gather_from_all(problem) if text]
     if problems:
         stop(problems[0])
-    if len(set(gather((trainer.epochs_done, trainer.samples_done)))) > 1:
+    if len(set(gather_from_all((trainer.epochs_done, trainer.samples_done)))) > 1:
         stop(f"{path} is not the same on all machines: use a shared folder")
 
 
 def restore(trainer, snapshot):
     """Set the state of the trainer. Raises ValueError if its settings have changed."""
-    old, new = snapshot["settings"], trainer.settings
+    old, new = snapshot["settings"], settings_to_keep(trainer)
     changed = [name for name in old if old[name] != new.get(name, old[name])]
     if changed:
         changes = [f"{name} was {old[name]}, now {new[name]}" for name in changed]
@@ -416,30 +418,39 @@ def restore(trainer, snapshot):
 
 
 def settings_to_keep(trainer):
-    """Return what has to be the same, by name, when a training is resumed."""
-    settings = {"length of the dataset": len(trainer.dataset)}
+    """Return, by name, what has to be the same when a run is resumed."""
+    settings = {"length of the dataset": len(trainer.dataset), **trainer.first_options}
     for name in ("input_size", "seed", "max_grad_norm"):
         settings[name] = getattr(trainer.args, name)
-    settings["optimizer"] = type(trainer.optimizer).__name__
-    # Loading a snapshot would silently undo what has been edited in make_optimizer.
+    has_scheduler = trainer.scheduler is not None
+    settings["steps of the scheduler"] = trainer.total_steps if has_scheduler else None
+    return settings
+
+
+def options_of(optimizer):
+    """Return the options of an optimizer, by name, as make_optimizer has set them.
+
+    Loading a snapshot replaces the options, so it would silently undo your edits.
+    """
+    options = {"optimizer": type(optimizer).__name__}
     only_speed = ("params", "fused", "foreach", "capturable", "differentiable")
-    for number, group in enumerate(trainer.optimizer.param_groups):
+    for number, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
             if name not in only_speed:
-                settings[f"{name} of parameter group {number}"] = str(value)
-    return settings
+                options[f"{name} of parameter group {number}"] = str(value)
+    return options
 
 
 # ---- Part 4: flags, helpers and guards. ----
 
 
 def parse_flags(parser):
-    """Add the flags that both scripts have, and return all arguments."""
+    """Add the common flags, and return all arguments."""
     numbers = [  # with their defaults and smallest values
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
-        ("--learning_rate", 0.01, 0, "of Adam"),
+        ("--learning_rate", 0.01, 0, "learning rate of Adam"),
         ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
         ("--dataset_length", 20000, 1, "samples in the dataset"),
         ("--input_size", 100, 1, "features per sample"),
@@ -461,22 +472,21 @@ def parse_flags(parser):
     for flag, _, smallest, _ in numbers:
         if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
             parser.error(f"{flag} must be a number from {smallest}")
-    file = args.definitions or "none.py"
-    module, _, ending = os.path.basename(file).partition(".")
-    if args.definitions and (ending != "py" or not os.path.isfile(file)):
-        parser.error(f"--definitions {file}: there is no such file NAME.py")
-    if module in sys.modules:
-        parser.error(f"--definitions {file}: a loaded module has that name")
+    name, ending = os.path.splitext(os.path.basename(args.definitions or "none.py"))
+    is_file = args.definitions is None or os.path.isfile(args.definitions)
+    if not is_file or ending != ".py" or "." in name:
+        parser.error(f"--definitions {args.definitions}: there is no such file NAME.py")
     return args
 
 
 def parse_args():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
     help = "save to FILE after every epoch, and resume from it if it exists"
-    parser.add_argument("--snapshot_path", metavar="FILE", help=help)
+    add("--snapshot_path", metavar="FILE", help=help)
     help = "also save after every N steps of an epoch"
-    parser.add_argument("--save_every", type=int, default=0, metavar="N", help=help)
+    add("--save_every", type=int, default=0, metavar="N", help=help)
     args, env = parse_flags(parser), os.environ
     if "LOCAL_RANK" not in env:
         parser.error("start this script with torchrun, as --help shows")
@@ -528,19 +538,16 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Return the GPU of this process, or the CPU. With gloo, they can share GPUs."""
+    """Return a GPU for this process, or the CPU. With gloo, processes can share it."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
-        problem = (
-            f"--backend nccl needs a GPU for each process. This machine has {gpus}"
-        )
+        problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
         print(f"{problem}: use --backend gloo, or fewer processes", file=sys.stderr)
         sys.exit(2)
-    if gpus == 0:
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % gpus)
-    torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
+    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
     return device
 
 
@@ -569,7 +576,7 @@ def to_device(batch, device, **options):
     return batch
 
 
-def gather(value):
+def gather_from_all(value):
     """Return a list of the values of all ranks. All ranks have to call this."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -577,15 +584,15 @@ def gather(value):
 
 
 def warn_unless_same(value, warning):
-    """Return whether all ranks have one value, or warn. All ranks have to call this."""
-    is_same = len(set(gather(str(value)))) == 1  # as text, because NaN != NaN
+    """Warn if the ranks' values differ; return if not. All ranks have to call this."""
+    is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
     if not is_same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
     return is_same
 
 
 def mean_over_ranks(number, device):
-    """Return a tensor, the mean over all ranks. All ranks have to call this."""
+    """Return the mean of a number over all ranks. All ranks have to call this."""
     total = torch.full((), number, device=device)
     dist.all_reduce(total)  # now it is the sum over all ranks
     return total / dist.get_world_size()
@@ -594,10 +601,10 @@ def mean_over_ranks(number, device):
 def make_datasets_in_turn(args):
     """Call make_datasets on local rank 0 first: the others find what it downloads."""
     if os.environ["LOCAL_RANK"] != "0":
-        gather(None)  # waits for all ranks, until --timeout
+        gather_from_all(None)  # waits for all ranks, until --timeout
     datasets = make_datasets(args)
     if os.environ["LOCAL_RANK"] == "0":
-        gather(None)
+        gather_from_all(None)
     return datasets
 
 
@@ -605,22 +612,23 @@ def as_text(means):
     return "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
 
 
-# Guards. Each prevents a failure, or reports one that nobody would notice.
+# Guards. Each prevents a failure, or reports one that would go unnoticed.
 
 
 def compare_data(dataset, args):
     """Stop if the ranks' datasets differ in length; warn if some samples differ."""
-    length, lengths = len(dataset), gather(len(dataset))
+    length, lengths = len(dataset), gather_from_all(len(dataset))
     if len(set(lengths)) > 1:
         stop(f"the ranks have {lengths} samples. README: Different data")
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
     seed_everything(args.seed)  # so that all ranks draw the same augmentation
-    number = min(args.batch_size, 8)  # as many samples as collate can surely combine
+    number = min(args.batch_size, 8)  # a few samples, but no more than fit in a batch
     indices = [i * (length - 1) // number for i in range(1, number + 1)]
     batch = next(iter(make_loader(dataset, [indices], args)))
     file = io.BytesIO()
-    torch.save(to_device(batch, "cpu", copy=True), file)  # a view would be saved whole
+    # copy=True, because torch.save saves the whole tensor that a view belongs to
+    torch.save(to_device(batch, "cpu", copy=True), file)
     warning = "the ranks read different samples. README: Different data"
     warn_unless_same(zlib.crc32(file.getvalue()), warning)
 
@@ -641,22 +649,25 @@ def stop(reason):
 
 
 def guard_process(args):
-    """Guard this process against rare failures. It has to be called before joining."""
-    # If output goes to a file or a pipe, show each line at once.
-    sys.stdout.reconfigure(line_buffering=True)
-    # If the parent process is killed, it cannot end this one: then Linux does it.
+    """Guard against rare failures of a process. Call it before init_process_group."""
+    sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files, too
+    # If the process that started this one is killed, let Linux kill this one, too.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread
-    # of Gloo frees a message. A short wait lets that thread finish.
-    if args.backend == "gloo" and sys.version_info < (3, 12):
-        os.register_at_fork(before=lambda: time.sleep(0.05))
+    if args.backend == "gloo":
+        # Some optimizers import this. After init_process_group, the import would keep
+        # the group alive, and Gloo can abort when the process ends.
+        importlib.import_module("torch.distributed.nn")
+        # Before Python 3.12, a DataLoader worker can hang when it is forked while a
+        # thread of Gloo frees a message. A short wait lets that thread finish.
+        if sys.version_info < (3, 12):
+            os.register_at_fork(before=lambda: time.sleep(0.05))
 
 
 def leave_group():
-    """Leave the process group. Without the other lines, Gloo can abort or hang here.
+    """Leave the process group. For DDP, the last line would be enough.
 
-    See pytorch issue 190489.
+    Without the others, Gloo can abort or hang in it: pytorch issue 190489.
     """
     gc.collect()  # frees the DDP model, which keeps the group alive
     time.sleep(0.1)  # a thread of Gloo may still be freeing the last message

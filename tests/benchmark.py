@@ -2,13 +2,14 @@
 
     pip install -r tests/requirements-benchmark.txt && python tests/benchmark.py
 
-Needs Linux. All train the same model on the same data, on the CPU, with DDP, in the same
+Needs Linux. All train one model on the same data, on the CPU, with DDP, in the same
 processes, with one thread each. They take turns, an epoch each, in alternating order:
-ours (train_epoch, loader, sampler and optimizer of torchrun_ddp.py), Hugging Face
-Accelerate and Lightning Fabric (as their documentation writes a loop), the loop of
-PyTorch's DDP tutorial (plain Adam), and the limit: only index_select, DDP and fused Adam,
-no DataLoader. All but the limit read the same dataset: with the linear model, whole
-batches of MyDataset (__getitems__); with the CNN, single samples.
+ours (the Trainer of torchrun_ddp.py), Hugging Face Accelerate and Lightning Fabric (as
+their documentation writes a loop), the loop of PyTorch's DDP tutorial (plain Adam), and
+the limit: only index_select, DDP and fused Adam. All but the limit compute an epoch's
+mean loss and accuracy over all ranks; the peers also take turns without that. All but
+the limit read the same dataset with a DataLoader: whole batches (__getitems__) for the
+linear model, otherwise single samples, which are dicts for the transformer.
 """
 
 import argparse
@@ -21,116 +22,142 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from operator import truediv
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before joining a group: see DDP 9 in torchrun_ddp.py
+import torch.distributed.nn  # before joining a group: see guard_process in torchrun_ddp.py
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchrun_ddp
 
-SETTINGS = {  # samples, shape of one, batch size per process
-    "32768 x 100, 64": (32768, [100], 64),
-    "131072 x 100, 1024": (131072, [100], 1024),
-    "32768 x 1024, 1024": (32768, [1024], 1024),
-    "CNN, 4096, 128": (4096, [1, 16, 16], 128),
+SETTINGS = {  # model, samples (whole batches), shape of one, batch size per process
+    "32768 x 100, 64": ("linear", 32768, [100], 64),
+    "131072 x 100, 1024": ("linear", 131072, [100], 1024),
+    "32768 x 1024, 1024": ("linear", 32768, [1024], 1024),
+    "CNN, 4096, 128": ("CNN", 4096, [1, 16, 16], 128),
+    "transformer, 2048, 64": ("transformer", 2048, [32], 64),
 }
-CONTENDERS = ["ours", "accelerate", "fabric", "tutorial", "limit"]
+PEERS = ["accelerate", "fabric", "tutorial"]
+WITHOUT = [peer + ", no metrics" for peer in PEERS]
+CONTENDERS = ["ours", *PEERS, *WITHOUT, "limit"]
 CAPTION = """PyTorch {}, {} cores, {} turns
 
-Thousands of samples per second, of all processes together: medians of the turns. The last
-columns are ours over the fastest of the three peers, and over the limit: medians of the
-ratios of pairs of turns. Settings: samples x features (or CNN, images), batch size per
-process. The CNN has twice as many turns.
+Thousands of samples per second of all processes: medians of the turns (CNN: twice as
+many). "no metrics" is the fastest peer without metrics. The last columns are ours over
+the fastest peer, over "no metrics", and over the limit: medians of the ratios of turns.
+Settings: samples x features, or model and samples; batch size per process.
 """
-ROW = "| {:18} | {:>5}" + " | {:>10}" * 5 + " | {:>5} | {:>6} |"
+ROW = "| {:21} | {:>5}" + " | {:>10}" * 6 + " | {:>5} | {:>11} | {:>6} |"
 
 
-class Samples(TensorDataset):
-    """Single samples, no read of a whole batch; TensorDataset's own read is slower."""
-
+class Samples(TensorDataset):  # whose own __getitem__ is slower
     def __getitem__(self, index):
         return self.tensors[0][index], self.tensors[1][index]
 
 
-def make_model(shape):
+class Texts(TensorDataset):
+    def __getitem__(self, index):
+        return {"tokens": self.tensors[0][index], "labels": self.tensors[1][index]}
+
+
+def make_dataset(kind, length, shape):
+    dataset = torchrun_ddp.MyDataset(length, torch.Size(shape).numel())
+    if kind == "CNN":
+        return Samples(dataset.inputs.view(length, *shape), dataset.labels)
+    if kind == "transformer":
+        tokens = torch.randint(100, (length, *shape), generator=torch.manual_seed(0))
+        return Texts(tokens, dataset.labels)
+    return dataset
+
+
+def make_model(kind, shape):
     torch.manual_seed(0)
-    if len(shape) == 1:
-        return torchrun_ddp.MyModel(shape[0])
+    if kind == "linear":
+        return torchrun_ddp.MyModel(*shape)
+    if kind == "transformer":
+        layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, batch_first=True)
+        layers = [nn.Embedding(100, 64), nn.TransformerEncoder(layer, 2)]
+        layers += [nn.AdaptiveAvgPool2d((1, None)), nn.Flatten()]  # mean over tokens
+        return nn.Sequential(*layers, nn.Linear(64, 2))
     layers = [nn.Conv2d(1, 32, 3, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, 2))
 
 
-# Each contender returns a generator that trains one epoch whenever it is advanced.
+# ours, usual_epochs and limit are generators. Advancing one trains an epoch.
 def ours(dataset, model, batch_size):
-    device = torch.device("cpu")
-    sampler = DistributedSampler(dataset, seed=0, drop_last=True)
-    batches = BatchSampler(sampler, batch_size, drop_last=True)
-    args = argparse.Namespace(precision="float32", grad_accum_steps=1, num_workers=0)
-    vars(args).update(batch_size=batch_size, max_grad_norm=0.0, learning_rate=0.01)
-    loader = torchrun_ddp.make_loader(dataset, batches, args, device)
-    optimizer = torchrun_ddp.make_optimizer(model, args)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    training = torchrun_ddp.Training(optimizer, None, scaler)
-    model = torchrun_ddp.wrap(model)
-    for epoch in itertools.count():
-        sampler.set_epoch(epoch)
-        torchrun_ddp.train_epoch(model, loader, training, args, device)
-        yield
+    torchrun_ddp.make_datasets = lambda args: (dataset, None)
+    torchrun_ddp.make_model = lambda args: model
+    if isinstance(dataset, Texts):
+        of_pair = torchrun_ddp.compute_loss
+        torchrun_ddp.compute_loss = lambda model, batch: of_pair(model, batch.values())
+        torchrun_ddp.count_items = lambda batch: len(batch["labels"])
+    sys.argv = ["torchrun_ddp.py", f"--batch_size={batch_size}"]
+    trainer = torchrun_ddp.Trainer(torchrun_ddp.parse_args(), torch.device("cpu"))
+    while True:
+        means = trainer.train_epoch()[0]
+        trainer.epochs_done, trainer.samples_done = trainer.epochs_done + 1, 0
+        yield means["loss"], means["accuracy"]
 
 
-def accelerate(dataset, model, batch_size):
+# A peer prepares all three. It also returns its backward, and its mean over the ranks.
+def accelerate(model, loader, optimizer):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    loader = loader_of(dataset, batch_size, shuffle=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     prepared = accelerator.prepare(model, loader, optimizer)
-    return usual_epochs(*prepared, accelerator.backward)
+    mean_over_ranks = partial(accelerator.reduce, reduction="mean")
+    return *prepared, accelerator.backward, mean_over_ranks
 
 
-def fabric(dataset, model, batch_size):
+def fabric(model, loader, optimizer):
     from lightning_fabric import Fabric
 
     lightning = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
     lightning.launch()
-    loader = lightning.setup_dataloaders(loader_of(dataset, batch_size, shuffle=True))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     model, optimizer = lightning.setup(model, optimizer)
-    return usual_epochs(model, loader, optimizer, lightning.backward)
+    loader = lightning.setup_dataloaders(loader)
+    return model, loader, optimizer, lightning.backward, lightning.all_reduce
 
 
-def tutorial(dataset, model, batch_size):
-    loader = loader_of(dataset, batch_size, sampler=DistributedSampler(dataset))
+def tutorial(model, loader, optimizer):
+    def reduce(means):
+        dist.all_reduce(means)
+        return means / dist.get_world_size()
+
     model = DistributedDataParallel(model)
+    return model, loader, optimizer, torch.Tensor.backward, reduce
+
+
+def usual_epochs(peer, metrics, dataset, model, batch_size):
+    sampler = DistributedSampler(dataset) if peer is tutorial else None
+    options = {"sampler": sampler, "shuffle": sampler is None, "drop_last": True}
+    loader = DataLoader(dataset, batch_size, collate_fn=torchrun_ddp.collate, **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    return usual_epochs(model, loader, optimizer, torch.Tensor.backward)
-
-
-def loader_of(dataset, batch_size, **options):
-    """Return an ordinary DataLoader, which keeps whole batches as they are."""
-    collate = torchrun_ddp.collate
-    return DataLoader(
-        dataset, batch_size, collate_fn=collate, drop_last=True, **options
-    )
-
-
-def usual_epochs(model, loader, optimizer, backward):
+    model, loader, optimizer, backward, reduce = peer(model, loader, optimizer)
     for epoch in itertools.count():
         if isinstance(loader.sampler, DistributedSampler):
             loader.sampler.set_epoch(epoch)
-        for inputs, labels in loader:
+        loss_sum, correct = torch.zeros(()), torch.zeros(())
+        for batch in loader:
+            inputs, labels = batch.values() if isinstance(batch, dict) else batch
             optimizer.zero_grad()
-            backward(nn.functional.cross_entropy(model(inputs), labels))
+            outputs = model(inputs)
+            loss = nn.functional.cross_entropy(outputs, labels)
+            backward(loss)
             optimizer.step()
-        yield
+            if metrics:
+                loss_sum += loss.detach()  # all batches are full: all weigh the same
+                correct += (outputs.argmax(dim=1) == labels).sum()
+        means = torch.stack([loss_sum, correct / batch_size]) / len(loader)
+        yield reduce(means).tolist() if metrics else None
 
 
 def limit(dataset, model, batch_size):
@@ -140,8 +167,6 @@ def limit(dataset, model, batch_size):
     for epoch in itertools.count():
         order = torch.randperm(len(dataset), generator=torch.manual_seed(epoch))
         for rows in order[dist.get_rank() :: dist.get_world_size()].split(batch_size):
-            if len(rows) < batch_size:
-                break  # as all others, with drop_last
             inputs, labels = (t.index_select(0, rows) for t in tensors)
             nn.functional.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
@@ -150,36 +175,37 @@ def limit(dataset, model, batch_size):
 
 
 # torchrun starts one of these two; what rank 0 returns is the result.
-def race(setting, contenders, repeats):
-    """Let the contenders take turns; return the seconds of the epochs of each."""
+def race(setting, repeats, contenders=CONTENDERS):
+    """Let the contenders take turns; return their seconds per epoch and last means."""
     dist.init_process_group("gloo")
-    length, shape, batch_size = setting
-    dataset = torchrun_ddp.MyDataset(length, torch.Size(shape).numel())
-    if len(shape) > 1:
-        dataset = Samples(dataset.inputs.view(length, *shape), dataset.labels)
-    trains = {
-        c: globals()[c](dataset, make_model(shape), batch_size) for c in contenders
-    }
-    seconds = {name: [] for name in contenders}
+    kind, length, shape, batch_size = setting
+    dataset, trains = make_dataset(kind, length, shape), {}
+    for name in contenders:
+        function, _, without = name.partition(", ")
+        train = globals()[function]
+        if function in PEERS:
+            train = partial(usual_epochs, train, not without)
+        trains[name] = train(dataset, make_model(kind, shape), batch_size)
+    seconds, means = {name: [] for name in contenders}, {}
     for turn in range(repeats + 1):
         for name in contenders[:: -1 if turn % 2 else 1]:
             dist.barrier()
             start = time.perf_counter()
-            next(trains[name])
+            means[name] = next(trains[name])
             dist.barrier()
             seconds[name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in seconds.items()}  # the first warms up
+    return {name: times[1:] for name, times in seconds.items()}, means  # [0] warms up
 
 
 def start_up(command, launched):
-    """Run a script, or ("bare") a step of `limit`; return seconds to step 1, peak MiB."""
+    """Run a script, or ("bare") a step of limit; return seconds to step 1, peak MiB."""
     steps = []
     register_optimizer_step_post_hook(lambda *_: steps.append(time.time()))
     if command:
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
     else:
-        race((128, [100], 64), ["limit"], repeats=0)
+        race(("linear", 128, [100], 64), 0, ["limit"])
     # Not getrusage(): its peak includes that of torchrun, which started this process.
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return [steps[0] - launched, int(peak.group(1)) / 1024]
@@ -212,26 +238,22 @@ def main():
     args = parser.parse_args()
     if args.rank:
         return be_rank(**json.loads(args.rank))
-
     figures = {"torch": torch.__version__, "cores": os.cpu_count(), "races": []}
     print(CAPTION.format(torch.__version__, os.cpu_count(), args.repeats))
-    head = ROW.format("setting", "procs", *CONTENDERS, "/peer", "/limit")
+    columns = ["ours", *PEERS, "no metrics", "limit"]
+    head = ROW.format("setting", "procs", *columns, "/peer", "/no metrics", "/limit")
     print(head, re.sub(r"[^|]", "-", head), sep="\n")
-    speeds = []
     for name, world_size in itertools.product(SETTINGS, (1, 2)):
-        job = {"setting": SETTINGS[name], "contenders": CONTENDERS}
-        repeats = args.repeats * (2 if "CNN" in name else 1)
-        times = launch(world_size, "race", repeats=repeats, **job)
-        speed = {k: SETTINGS[name][0] / median(v) / 1000 for k, v in times.items()}
-        cells = [f"{speed[contender]:.1f}" for contender in CONTENDERS]
-        for other in (max(CONTENDERS[1:4], key=speed.get), "limit"):
+        setting, repeats = SETTINGS[name], args.repeats * (2 if "CNN" in name else 1)
+        times, means = launch(world_size, "race", setting=setting, repeats=repeats)
+        speed = {k: setting[1] / median(v) / 1000 for k, v in times.items()}
+        peer, without = (max(group, key=speed.get) for group in (PEERS, WITHOUT))
+        cells = [f"{speed[k]:.1f}" for k in ("ours", *PEERS, without, "limit")]
+        for other in (peer, without, "limit"):
             cells.append(f"{median(map(truediv, times[other], times['ours'])):.2f}")
         print(ROW.format(name, world_size, *cells), flush=True)
-        figures["races"].append([name, world_size, times])
-        speeds.append(speed)
-    print("\nSpeed of two processes over that of one, ratios of the medians:")
-    for name, one, two in zip(SETTINGS, speeds[::2], speeds[1::2]):
-        print(f"- {name}:", *(f"{k} {two[k] / one[k]:.2f}" for k in ("ours", "limit")))
+        figures["races"].append([name, world_size, times, means])
+    print()
     commands = {"ours": [torchrun_ddp.__file__, "--epochs=1"], "bare": None}
     figures["start_up"] = {"ours": [], "bare": []}
     for name in list(commands) * max(1, args.repeats // 2):

@@ -113,9 +113,11 @@ def buffers(args):
     trainer, _ = trained(args)
     trainer.train_epoch()  # since the last validation, they have changed
     own = float(sum(buffer.sum() for buffer in trainer.model.buffers()))
-    others = torchrun_ddp.gather(own)
+    others = torchrun_ddp.gather_from_all(own)
     trainer.validate()
-    ends = torchrun_ddp.gather(float(sum(b.sum() for b in trainer.model.buffers())))
+    ends = torchrun_ddp.gather_from_all(
+        float(sum(b.sum() for b in trainer.model.buffers()))
+    )
     return [others[1], ends] if ends[0] == own else [own, []]
 
 
@@ -168,7 +170,10 @@ def waits(args):
         number = count_items(batch)  # of the CPU, which need not wait
         return float(number.numpy()) if torch.is_tensor(number) else number
 
-    with replaced(torchrun_ddp.Trainer, train_step=watched), replaced(count_items=count):
+    with (
+        replaced(torchrun_ddp.Trainer, train_step=watched),
+        replaced(count_items=count),
+    ):
         train(args)
     assert seen["addmm"] or seen["mm"], seen  # it has seen the model at all
     return {name: seen[name] for name in WAITING if seen[name]}

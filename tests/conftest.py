@@ -290,7 +290,9 @@ def metrics(pattern, output):
     """Return {name: value} of each line that fits the pattern."""
     found = []
     for text in re.findall(pattern, output, re.MULTILINE):
-        values = {k: float(v) for k, v in re.findall(r"(\w+) (nan|[\d.]+)(?=  |$)", text)}
+        values = {
+            k: float(v) for k, v in re.findall(r"(\w+) (nan|[\d.]+)(?=  |$)", text)
+        }
         rate = re.search(r"([\d,.]+) samples/s", text)
         if rate:
             values["rate"] = float(rate[1].replace(",", ""))

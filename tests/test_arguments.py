@@ -63,12 +63,11 @@ def test_a_bad_flag(refuse, monkeypatch, script, flags, says):
 
 
 @pytest.mark.parametrize("script", [ddp, torchrun_ddp], ids=["ddp", "torchrun"])
-def test_definitions_named_like_a_module(refuse, tmp_path, script):
-    for name in ("random.py", "mine.v2.py", "mine"):
+def test_definitions_that_python_cannot_import(refuse, tmp_path, script):
+    for name in ("mine.v2.py", "mine"):
         (tmp_path / name).write_text("MyModel = None")
         says = refuse(script, f"--definitions {tmp_path}/{name}")
-        reason = "a loaded module has" if name == "random.py" else "there is no such"
-        assert f"{name}: {reason}" in says
+        assert f"{name}: there is no such file NAME.py" in says
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_the_env_file_of_the_scripts_own_folder(finish, folder, text, says):
     (place / ".env").write_bytes(text or b"MASTER_PORT=abc\n")
     (folder / "ddp.py").rename(place / "ddp.py")
     run = finish([sys.executable, "place/ddp.py"], code=2)
-    assert run.stderr.count("\n") == 1 and says in run.stderr
+    assert says in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

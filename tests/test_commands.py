@@ -45,9 +45,11 @@ def test_the_documented_ddp_command(finish, folder):
     assert run.stderr == ""
     lines = run.stdout.splitlines()
     assert lines[0] == f"PyTorch {torch.__version__} on cpu, gloo, float32"
-    assert re.match(r"2 processes share \d+ cores, global batch 256$", lines[1])
-    right = "DDP is right: its gradients match those of normal training (largest"
-    assert lines[2:4] == [right, "relative difference: 0)."]
+    assert re.match(r"world size 2, global batch 256, \d+ cores$", lines[1])
+    right = (
+        "DDP is right: its gradients match those of normal training (largest relative"
+    )
+    assert lines[2:4] == [right, "difference: 0)."]
     rows = both_ways(run.stdout)
     assert len(rows) == 10
     assert_equal_columns(rows)
@@ -100,7 +102,7 @@ def test_the_documented_torchrun_command(finish, folder):
     run = finish([*TORCHRUN, *launch.split()])
     assert run.stderr == ""
     lines = run.stdout.splitlines()
-    assert lines[0] == "2 processes on cpu, gloo, float32"
+    assert lines[0] == "world size 2 on cpu, gloo, float32"
     assert len(epoch_lines(run.stdout)) == len(validation_lines(run.stdout)) == 5
     assert len(lines) == 12 and max(map(len, lines[1:])) <= 80, run.stdout
     assert re.match(r"DDP training time: [\d.]+ seconds$", lines[-1])

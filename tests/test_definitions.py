@@ -89,9 +89,7 @@ def test_an_edited_copy_of_torchrun_ddp(finish, folder, name):
 @both
 def test_compiled(finish, define, name):
     code = "import torch\nfrom torch.nn.parallel import DistributedDataParallel\n"
-    code += (
-        "def wrap_in_ddp(model):\n    return torch.compile(DistributedDataParallel(model))\n"
-    )
+    code += "def wrap_in_ddp(model):\n    return torch.compile(DistributedDataParallel(model))\n"
     flags = define({"MyModel": "ConvBiasNorm", "MyDataset": "Images"}, code)
     run = finish(SCRIPTS[name], f"{flags} {SHORT}", timeout=280)
     assert len(epoch_lines(run.stdout) or both_ways(run.stdout)) == 2

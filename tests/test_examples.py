@@ -49,7 +49,9 @@ def test_it_learns_and_resumes(results, name):
     for line in example["first"] + example["again"]:
         assert re.match(r"epoch \d|  validation |DDP training time: ", line), line
     if name == "contrastive":
-        assert set(last) == {"loss", "nearest", "top5"} and last["top5"] > last["nearest"]
+        assert (
+            set(last) == {"loss", "nearest", "top5"} and last["top5"] > last["nearest"]
+        )
     assert len(validation_lines("\n".join(example["first"]))) == 2
 
 
@@ -90,7 +92,7 @@ def test_images_in_folders(finish, folder):
 def test_how_it_looks(path):
     text = path.read_text()
     file = f"--definitions tests/examples/{path.name}"
-    assert text.count("\n") <= 60
+    assert text.count("\n") <= 65
     assert max(map(len, text.splitlines())) <= 88
     docstring = text.split('"""')[1]
     assert text.startswith(f'"""{docstring}')

@@ -38,7 +38,7 @@ def test_with_nccl_no_rank_is_without_a_gpu(two_gpus, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         ddp.choose_device(args, 2)
     assert error.value.code == 2
-    says = "--backend nccl needs a GPU for each process. This machine has 2: use --backend"
+    says = "--backend nccl needs a GPU for each process, and there are 2: use --backend"
     assert says in capsys.readouterr().err
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert str(ddp.choose_device(args, 2)) == "cuda:0"
@@ -104,7 +104,7 @@ def test_the_metrics_keep_nan_and_leave_out_what_has_no_items():
     metrics.add(torch.tensor(2.0, requires_grad=True), {"right": torch.tensor(1)}, 2)
     metrics.add(torch.tensor(1.0), {"right": torch.tensor(3), "now and then": 4}, 6)
     means = {"loss": 1.25, "right": 0.5, "now and then": 0.5}
-    assert metrics.means(False) == means and metrics.items == 8
+    assert metrics.means(False) == means and metrics.count == 8
     metrics.add(nan, {}, 1)
     assert metrics.means(False)["loss"] != metrics.means(False)["loss"]
 
@@ -117,7 +117,10 @@ def test_a_large_sum_of_float16_is_finite():
 
 def verdict(speedup=1.5, spread=0.1, parts=(1.0, 3.0, 1.0), **changes):
     """Return what is said of 4 epochs, on 4 cores, where parts are data, compute, sync."""
-    figures = {"speedup": speedup, "speedup_range": [speedup - spread, speedup + spread]}
+    figures = {
+        "speedup": speedup,
+        "speedup_range": [speedup - spread, speedup + spread],
+    }
     figures["ddp_step_ms"] = dict(zip(["data", "compute", "sync"], parts))
     figures.update(normal_step_ms=7.5, compute_ms_by_rank=[3.0, 3.0], ddp=[None] * 4)
     flags = {"cores": 4, "threads": 2, "grad_accum_steps": 3, "num_workers": 0}
@@ -130,7 +133,7 @@ def verdict(speedup=1.5, spread=0.1, parts=(1.0, 3.0, 1.0), **changes):
     "changes, says",
     [
         ({}, "DDP is faster: 1.50 times the speed of normal training (1.40 to 1.60"),
-        ({}, "which had one process on 2 of 4 cores and batches of 10."),
+        ({}, "Normal training used 2 of 4 cores, and batches of 10."),
         ({"speedup": 0.5}, "DDP is slower: 0.50 times"),
         ({"spread": 0.6}, "DDP makes no clear difference: 1.50 times"),
         ({"ddp": [None]}, "Too few epochs to tell"),
@@ -141,7 +144,10 @@ def verdict(speedup=1.5, spread=0.1, parts=(1.0, 3.0, 1.0), **changes):
         ({"parts": (1, 3, 4)}, "about 1.2 with --grad_accum_steps 6, and 1.5 with 12."),
         ({"parts": (1, 6, 40)}, "There is too little work to share"),
         ({"parts": (5, 1, 0.1)}, "Loading data takes longest: try --num_workers 2."),
-        ({"compute_ms_by_rank": [3, 6]}, "Rank 1 computes 2.0 times as long as the oth"),
+        (
+            {"compute_ms_by_rank": [3, 6]},
+            "Rank 1 computes 2.0 times as long as the oth",
+        ),
     ],
 )
 def test_the_verdict(changes, says, monkeypatch):
@@ -150,5 +156,5 @@ def test_the_verdict(changes, says, monkeypatch):
 
 
 def test_one_gpu_may_be_faster_with_larger_batches(two_gpus):
-    says = "batches: --world_size 1 --batch_size 20 shows it."
+    says = "compare its samples/s with --world_size 1 --batch_size 20."
     assert says in verdict()

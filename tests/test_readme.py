@@ -1,6 +1,7 @@
 """What the README says to write: its code runs."""
 
 import re
+import shutil
 import sys
 import textwrap
 
@@ -10,9 +11,9 @@ from conftest import (
     ROOT,
     SCRIPTS,
     STANDALONE,
+    both_ways,
     epoch_lines,
     load,
-    side_by_side,
     validation_lines,
 )
 
@@ -29,29 +30,31 @@ def block(start):
     return textwrap.dedent(found)
 
 
-def test_the_loop_before_and_after_the_diff(start, folder):
+def loop(before=False):
+    """Return the loop before, or after, the diff."""
     (diff,) = blocks("diff")
-    texts = {}
-    for name, other in (("before", "+"), ("after", "-")):
-        lines = [line[1:] for line in diff.splitlines() if line[0] != other]
-        if torch.__version__ < "2.13" and name == "after":  # or Gloo can hang at exit
-            leave = "    import gc, time; gc.collect(); time.sleep(0.1)"
-            lines[-1:] = [leave, lines[-1]]
-            lines.insert(0, "import torch.distributed.nn")
-        texts[name] = "\n".join(lines) + "\n"
-    runs, commands = {}, {}
-    for name, text in texts.items():
+    other = "+" if before else "-"
+    return "".join(f"{line[1:]}\n" for line in diff.splitlines() if line[0] != other)
+
+
+def replaced(text, changes):
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def test_the_loop_before_and_after_the_diff(start, folder):
+    runs = {}
+    for name in ("before", "after"):
         (folder / name).mkdir()
         move = f"import os\nos.chdir({name!r})\n"
-        (folder / f"{name}.py").write_text(move + text)
+        (folder / f"{name}.py").write_text(move + loop(name == "before"))
         launcher = [sys.executable] if name == "before" else STANDALONE
-        commands[name] = [*launcher, f"{name}.py"]
-        runs[name] = start(commands[name])
+        runs[name] = start([*launcher, f"{name}.py"])
     ends = {}
     for name, run in runs.items():
-        while run.wait() != 0:  # Gloo aborts at exit now and then, as the page says
-            assert "terminate called without an active exception" in run.stderr
-            run = start(commands[name])
+        assert run.wait() == 0, run.stderr
         lines = run.stdout.splitlines()
         assert [line.split()[0] for line in lines] == ["0", "1", "2"]
         # A share of 101 samples, each of them counted once.
@@ -59,35 +62,103 @@ def test_the_loop_before_and_after_the_diff(start, folder):
         assert all(abs(101 * share - round(101 * share)) < 1e-3 for share in shares)
         ends[name] = load(folder / name / "model.pt")
         assert ends[name].keys() == ends["before"].keys()
-    marks = [re.search(r"# (\d)", line) for line in diff.splitlines()]
+    marks = [re.search(r"# (\d)", line) for line in loop().splitlines()]
     assert {mark.group(1) for mark in marks if mark} == set("123456789")
+
+
+MODEL = "model = nn.Linear(20, 2)"
+NORM = "nn.BatchNorm1d(20), nn.Dropout(0.3), nn.Linear(20, 2)"
+CALL = "        return nn.functional.cross_entropy(ddp(batch[0].to(device))"
+WRAP = "nn.parallel.DistributedDataParallel(model)"
+SAMPLER = ", sampler=sampler)  # 64 on all ranks"
+CHANGES = {  # of the loop, and of the check, with what it says then
+    "right": ("right", {}, {}),
+    "BatchNorm and dropout": (
+        "right",
+        {MODEL: f"model = nn.Sequential({NORM})"},
+        {},
+    ),
+    "no DDP": ("WRONG", {WRAP: "model"}, {}),
+    "no sampler": ("WRONG", {SAMPLER: ")"}, {}),
+    "neither": ("WRONG", {WRAP: "model", SAMPLER: ")"}, {}),
+    "no_sync": ("WRONG", {}, {CALL: f"        with ddp.no_sync():\n    {CALL}"}),
+    "a method": ("WRONG", {}, {CALL: CALL.replace("ddp(", "ddp.module.forward(")}),
+}
+
+
+def test_the_check_of_a_loop(start, folder):
+    runs = {}
+    for name, (_, in_loop, in_use) in CHANGES.items():
+        code = replaced(loop(), {**in_loop, "range(3)": "range(1)"})
+        use = textwrap.indent(block("check(ddp, compute_loss, next"), "    ")
+        use = replaced(use, in_use)
+        first = "    for epoch in range(1):\n"
+        code = replaced(code, {first: use + first})
+        imports = "import contextlib\nimport copy\n"
+        file = f"{name.replace(' ', '_')}.py"
+        (folder / file).write_text(imports + block("def check(") + code)
+        runs[name] = start([*STANDALONE, file])
+    for name, run in runs.items():
+        assert run.wait() == 0, run.stderr
+        verdict, difference = run.stdout.splitlines()[0].split()
+        assert verdict == CHANGES[name][0], (name, run.stdout)
+        if verdict == "right":
+            assert float(difference) < 1e-5
+        elif name not in ("no sampler", "neither"):
+            assert float(difference) > 0.01, name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_file_of_ones_own(finish, folder, name):
-    (folder / "mine.py").write_text(block("def make_datasets"))
-    run = finish(SCRIPTS[name], "--definitions mine.py --dataset_length 2000")
+    (folder / "mine.py").write_text(block("random_split(dataset"))
+    run = finish(SCRIPTS[name], "--definitions mine.py")
     assert "From mine.py: make_datasets, make_model\n" in run.stdout
     if name == "torchrun":
-        assert validation_lines(run.stdout)[-1][1] > 80, run.stdout
+        assert validation_lines(run.stdout)[-1]["accuracy"] > 0.9, run.stdout
     else:
         assert "DDP is right" in run.stdout
-        assert side_by_side(run.stdout)[-1][3] > 80, run.stdout
+        assert both_ways(run.stdout)[-1][1]["accuracy"] > 0.9, run.stdout
+
+
+def test_hugging_face(finish, folder):
+    """With a small model that is saved here, as nothing is downloaded."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(str(ROOT / "tests/examples/texts.py"), str(folder))
+    (folder / "bert.py").write_text(block("lr=2e-5"))
+    code = "import texts\ntexts.tokenizer.save_pretrained('small')\n"
+    code += "texts.make_model(None).save_pretrained('small')\n"
+    (folder / "save.py").write_text(code)
+    finish([sys.executable, "save.py"])
+    flags = "--definitions bert.py --dataset_length 640 --batch_size 32 --epochs 1"
+    flags += " --snapshot_path bert.pt"
+    env = {"NAME": "small", "HF_HUB_OFFLINE": "1"}
+    assert len(epoch_lines(finish(SCRIPTS["torchrun"], flags, env=env).stdout)) == 1
+    code = 'import bert, torch\nfile = torch.load("bert.pt", map_location="cpu", '
+    code += "weights_only=True)\nmodel = bert.make_model(None)\nmodel.load_state_dict("
+    code += 'file["model"])\nmodel.save_pretrained("trained")\n'
+    (folder / "save.py").write_text(code)
+    finish([sys.executable, "save.py"], env=env)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained
+    weights = model(str(folder / "trained")).state_dict()
+    for name, value in load(folder / "bert.pt")["model"].items():
+        assert torch.equal(value, weights[name]), name
 
 
 START = """
+import contextlib
 import gc
 import time
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
+from torch import nn
 
 def main():
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = torch.nn.Linear(100, 2)
 """
-# The mean over the tokens of both ranks, of which each has another number.
+# The mean over the tokens of both ranks, which have different numbers of them.
 TOKENS = """
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     inputs, count = torch.randn(1 + rank, 100), torch.tensor(1.0 + rank)
@@ -97,8 +168,27 @@ CODE
     dist.all_reduce(gradient)
     assert torch.allclose(model.weight.grad, gradient / 3, atol=1e-6)
 """
-FSDP = """
+# Two steps, of four batches and of three; without DDP, these gradients are summed.
+ACCUMULATION = """
     model = torch.nn.Linear(100, 2)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer, device = torch.optim.SGD(model.parameters(), 0.1), torch.device("cpu")
+    torch.manual_seed(rank)
+    loader = [(torch.randn(8, 100), torch.randint(2, (8,))) for _ in range(7)]
+    weight, bias = (p.detach().clone() for p in model.parameters())
+    for batches in (loader[:4], loader[4:]):
+        pair = [weight.requires_grad_(), bias.requires_grad_()]
+        losses = [nn.functional.cross_entropy(x @ pair[0].T + pair[1], y) for x, y in batches]
+        gradients = torch.autograd.grad(sum(losses) / 4, pair)
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        weight, bias = ((p - 0.1 * g / 2).detach() for p, g in zip(pair, gradients))
+CODE
+    assert torch.allclose(model.weight, weight, atol=1e-6)
+    assert torch.allclose(model.bias, bias, atol=1e-6)
+"""
+FSDP = """
+    model = torch.nn.Sequential(torch.nn.Linear(100, 2))
 CODE
     whole = torch.load("snapshot.pt", weights_only=True)["model"]
     for name, value in model.state_dict().items():
@@ -125,41 +215,56 @@ def trained(finish, folder):
 
     A definition in the script is replaced, too.
     """
-    code = "import torch\nfrom models import Samples\nclass MyDataset(Samples):\n"
-    code += "    def __init__(self, *args, **options):\n"
-    code += "        super().__init__(*args, **options)\n"
-    code += "        self.sums = self.labels.float().cumsum(0)\n"  # all weight on 1
-    code += textwrap.indent(block("def __getitem__(self, _)"), "    ")
+    sums = "self.sums = weights.cumsum(0)"
+    draw = (
+        "index = torch.searchsorted(self.sums, torch.rand(()) * self.sums[-1]).item()"
+    )
+    best = (
+        "best = math.inf",
+        'if means["loss"] < best:',
+        'best = means["loss"]',
+        'torch.save(self.model.state_dict(), "best.pt")',
+    )
+    assert all(f"`{code}`" in README for code in (sums, draw, *best))
+    code = f"""
+import torch
+from models import Samples
+
+
+class MyDataset(Samples):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        weights = self.labels.float()  # all weight on 1
+        {sums}
+
+    def __getitem__(self, index):
+        {draw}
+        return self.inputs[index], self.labels[index]
+"""
     (folder / "mine.py").write_text(code)
     script = folder / "torchrun_ddp.py"
-    source = script.read_text()
-    steps = (
-        "if loss < best:",
-        "best = loss",
-        'torch.save(model.state_dict(), "best.pt")',
-    )
-    assert all(f"`{step}`" in README for step in steps)
-    says, indent = '            print(f"  validation', " " * 12
-    save = f"{indent}{steps[0]}\n{indent}    {steps[1]}\n{indent}    {steps[2]}\n"
-    for old, new in (
-        (says, save + says),
-        ("    seconds = 0\n", "    seconds, best = 0, math.inf\n"),
-        ("    return MyModel(args.input_size)\n", "    return nn.Linear(100, 2)\n"),
-    ):
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    script.write_text(source)
+    prints, indent = '                    print(f"  validation', 20 * " "
+    lines = [f"{indent}{best[1]}", f"{indent}    {best[2]}", f"{indent}    {best[3]}"]
+    epochs = "        while self.epochs_done < args.epochs:\n"
+    layer = "nn.Sequential(nn.Linear(100, 2))"
+    changes = {
+        prints: "\n".join([*lines, prints]),
+        epochs: f"        {best[0]}\n{epochs}",
+        "    return MyModel(args.input_size)\n": f"    return {layer}\n",
+    }
+    script.write_text(replaced(script.read_text(), changes))
     flags = "--definitions mine.py --dataset_length 2000 --snapshot_path snapshot.pt"
     return finish(SCRIPTS["torchrun"], flags)
 
 
 def test_recipes(trained, finish, folder):
-    """Weighted sampling, the best weights; tokens in one's own loop; FSDP2."""
-    assert epoch_lines(trained.stdout)[-1][1] > 95, trained.stdout
-    assert list(load(folder / "best.pt")) == ["weight", "bias"]
+    """Weighted sampling, the best weights; tokens, accumulation; FSDP2."""
+    assert epoch_lines(trained.stdout)[-1]["accuracy"] > 0.95, trained.stdout
+    assert list(load(folder / "best.pt")) == ["0.weight", "0.bias"]
     code = START + with_block(TOKENS, "total = count.clone()")
+    code += with_block(ACCUMULATION, "is_last")
     if torch.__version__ >= "2.6":  # before, FSDP2 was not public
-        code += with_block(FSDP, "fully_shard(model)")
+        code += with_block(FSDP, "fully_shard(layer)")
     (folder / "recipes.py").write_text(code + END)
     run = finish([*STANDALONE, "recipes.py"])
     assert run.stdout.count("equal") == 2
@@ -169,13 +274,11 @@ def test_every_link_and_anchor_exists():
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         path, _, anchor = target.partition("#")
         assert not path or (ROOT / path).exists(), target
-        if not path:
-            headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-            slugs = [
-                re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-")
-                for h in headings
-            ]
-            assert anchor in slugs or f'name="{anchor}"' in README, target
+        text = (ROOT / path).read_text() if path else README
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        slugs = [re.sub(r"[^a-z0-9 -]", "", h.lower()) for h in headings]
+        slugs = [slug.replace(" ", "-") for slug in slugs]
+        assert not anchor or anchor in slugs or f'name="{anchor}"' in text, target
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -233,5 +233,5 @@ def test_a_second_training_with_the_same_path_stops(start, folder):
     # Whichever saved first, the other one has ended, and it says why.
     ended = second if first.process.poll() is None else first
     assert ended.wait(60) == 1 and ended.all_gone()
-    assert "another training has saved to snapshot.pt: this one stops" in ended.stderr
+    assert "another run has saved to snapshot.pt, so this one stops" in ended.stderr
     assert load(folder / "snapshot.pt")["epochs_done"] >= 1

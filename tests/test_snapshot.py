@@ -26,7 +26,9 @@ def path(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     leave_group = torchrun_ddp.leave_group
-    monkeypatch.setattr(torchrun_ddp, "leave_group", lambda: None)  # what refuses calls it
+    monkeypatch.setattr(
+        torchrun_ddp, "leave_group", lambda: None
+    )  # what refuses calls it
     yield str(tmp_path / "snapshot.pt")
     leave_group()
 
@@ -153,7 +155,9 @@ def test_a_snapshot_of_another_training_is_not_replaced(path):
     before = Path(path).read_bytes()
     with pytest.raises(SystemExit) as error:
         torchrun_ddp.save_snapshot(other, path)
-    assert f"another training has saved to {path}: this" in str(error.value.code)
+    assert f"another run has saved to {path}, so this one stops" in str(
+        error.value.code
+    )
     assert Path(path).read_bytes() == before
     third = untrained(snapshot_path=path)
     torchrun_ddp.save_snapshot(third, path)
@@ -168,7 +172,7 @@ def test_weights_that_are_not_finite_replace_nothing(path):
         trainer.model.linear.bias[1] = float("nan")
     with pytest.raises(SystemExit) as error:
         torchrun_ddp.save_snapshot(trainer, path)
-    assert "no longer finite: the last snapshot is kept" in str(error.value.code)
+    assert "no longer finite, so no snapshot is saved" in str(error.value.code)
     assert Path(path).read_bytes() == before
 
 

@@ -85,7 +85,11 @@ for name, job in {**QUICK, **SLOW}.items():
 for name, job in TRAINED.items():
     flags = "--dataset_length 400 --epochs 3 --learning_rate 0.01"
     CASES[2][name] = {"run": "train", "flags": flags, **job}
-CASES[2]["no validation"] = {"run": "train", **CNN_JOB, "make_datasets": "no_validation"}
+CASES[2]["no validation"] = {
+    "run": "train",
+    **CNN_JOB,
+    "make_datasets": "no_validation",
+}
 one = "--batch_size 1 --grad_accum_steps 4 --dataset_length 100"
 CASES[2]["any size"] = {"run": "train", **CNN_JOB, "MyDataset": "AnySize", "flags": one}
 for name in ("two_metrics", "no_metrics"):

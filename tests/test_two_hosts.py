@@ -135,11 +135,11 @@ def test_a_host_joins_a_running_training_and_leaves_it(launch, folder):
     first = launch(0, nnodes="1:2", flags=endless)
     wait_for_mid_epoch(first, folder / "snapshot.pt")
     second = launch(1, nnodes="1:2", flags=endless)
-    together = r"2 processes on.*\n.*: resuming after.*\n(.*\n)*epoch (.*\n)*"
+    together = r"world size 2 on.*\n.*: resuming after.*\n(.*\n)*epoch (.*\n)*"
     either = first, second
     first.wait_until(lambda: any(re.search(together, run.stdout) for run in either))
+    last = first.stdout
     second.process.kill()
     assert second.all_gone()
-    alone = r"1 processes on.*\n.*: resuming after.*\n(.*\n)*epoch "
-    last = first.stdout
+    alone = r"world size 1 on.*\n.*: resuming after.*\n(.*\n)*epoch "
     first.wait_until(lambda: re.search(alone, first.stdout[len(last) :]), 100)

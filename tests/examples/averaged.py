@@ -28,9 +28,10 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def update(self, *_):
-        for average, weight in zip(self.average.parameters(), self.network.parameters()):
+        new, old = self.network, self.average
+        for weight, average in zip(new.parameters(), old.parameters()):
             average.lerp_(weight, 0.1)
-        for average, value in zip(self.average.buffers(), self.network.buffers()):
+        for value, average in zip(new.buffers(), old.buffers()):
             average.copy_(value)  # BatchNorm's statistics are averages already
 
 
