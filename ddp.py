@@ -72,7 +72,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a whole batch. If this exists, DataLoader calls it: it is optional."""
+        """Return a batch. Optional: DataLoader calls it in place of __getitem__."""
         rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -100,10 +100,10 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of sums, such as of correct answers.
+    """Return the mean loss of a batch, and a dict of sums over its items.
 
-    They are divided by the number of items, and printed. Call `model` itself, and not
-    one of its methods: DDP only sees calls of the model.
+    A sum, such as that of correct answers, is divided by the number of items and printed.
+    Call `model` itself, not one of its methods, or DDP does not notice.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -149,27 +149,27 @@ def wrap_in_ddp(model):
 
 def main():
     args = parse_args()
-    server = open_store()  # where the processes find each other
+    store = open_store()  # a small key-value server, by which processes find each other
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     line = f"world size {args.world_size}, global batch {global_batch:,}"
     print(line if kind == "cuda" else f"{line}, {args.cores} cores", flush=True)
     # DDP 1: launch. Start the processes. Each of them calls worker(rank, *arguments).
-    launch(worker, (args, server.host, server.port), args.world_size)
+    launch(worker, (args, store.host, store.port), args.world_size)
 
 
 def worker(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: take a device, then join the other processes, which together are called the
-    # process group. They meet at the store. The backend moves the data that they
-    # exchange: nccl between GPUs, gloo between CPUs.
+    # process group. They connect to the store of main(). The backend moves the data that
+    # they exchange: nccl between GPUs, gloo between CPUs.
     device = choose_device(args, rank)
     if args.definitions:
         use_definitions(args.definitions)
     timeout = timedelta(seconds=args.timeout)
-    store = dist.TCPStore(host, port, timeout=timeout)  # a client of that server
+    store = dist.TCPStore(host, port, timeout=timeout)
     who = {"rank": rank, "world_size": args.world_size}
     dist.init_process_group(args.backend, store=store, timeout=timeout, **who)
     gather_from_all(None)  # the first exchange connects the processes, or fails here
@@ -205,8 +205,9 @@ def compare(args, device, store):
     if rank == 0:
         report(figures, results, args)
         say_done(store, "report")
-    wait_until_done(store, "report")  # if one process ended early, launch would end all
-    return figures.get("same_gradients") is not False and figures["same_weights"]
+    # A rank that ends now with exit code 1 would make launch() end rank 0.
+    wait_until_done(store, "report")
+    return figures["same_gradients"] is not False and figures["same_weights"]
 
 
 def make_trainers(args, device, store):
@@ -226,7 +227,7 @@ def make_trainers(args, device, store):
     normal, is_new = None, True
     if rank == 0:
         seed_everything(args.seed)
-        model = make_model(args)  # a deep copy of the first one would lose some hooks
+        model = make_model(args)  # not copy.deepcopy, which not all models survive
         pairs = zip(model.parameters(), ddp.model.parameters())
         is_new = not any(one is other for one, other in pairs)
         model.load_state_dict(ddp.model.state_dict())
@@ -234,7 +235,7 @@ def make_trainers(args, device, store):
     if not all(gather_from_all(is_new)):
         stop("make_model has to return a new model in each call")
     if any(isinstance(m, nn.SyncBatchNorm) for m in ddp.model_to_call.modules()):
-        stop("SyncBatchNorm cannot train on one rank alone, normally: use BatchNorm")
+        stop("Normal training has one rank, where SyncBatchNorm fails: use BatchNorm")
     return ddp, normal
 
 
@@ -261,8 +262,8 @@ class Trainer:
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
         # ranks shuffle the samples in the same way, and deal them out like cards: of 2
         # ranks, rank 0 gets the 1st, 3rd, 5th, ... So the batches that both read at the
-        # same time hold the same samples as 2 successive batches of normal training. The
-        # last samples, too few for a whole batch of each rank, are left out.
+        # same time hold the samples of 2 successive batches of normal training. The last
+        # samples, too few for a whole batch of each rank, are left out.
         batch_of_all = args.batch_size * args.world_size
         num_samples = len(dataset) // batch_of_all * batch_of_all
         self.sampler = DistributedSampler(
@@ -315,10 +316,10 @@ class Trainer:
         """Take one optimizer step on these batches and, with DDP, the other ranks'."""
         # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        mean_count = sum(counts)  # of items in this step, per rank
+        divisor = sum(counts)  # the items of this rank in this step
         if self.exchanges and COUNTS_DIFFER:
-            mean_count = mean_over_ranks(mean_count, self.device)
-        self.accumulate_gradients(batches, counts, mean_count, metrics)
+            divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
+        self.accumulate_gradients(batches, counts, divisor, metrics)
         self.scaler.unscale_(self.optimizer)
         if self.args.max_grad_norm:
             parameters = self.model.parameters()
@@ -329,25 +330,31 @@ class Trainer:
             self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def accumulate_gradients(self, batches, counts, mean_count, metrics):
+    def accumulate_gradients(self, batches, counts, divisor, metrics):
         """Compute the gradients of the mean loss over all items of a step."""
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
             # for all batches but the last. It has to enclose the forward pass, too.
-            is_last = self.exchanges and index == len(batches) - 1
-            skip = self.is_ddp and not is_last
-            with self.model_to_call.no_sync() if skip else nullcontext():
+            is_last = index == len(batches) - 1
+            with self.no_averaging_unless(is_last):
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # loss * count is the sum of the batch's losses. Each rank divides it by
-                # the mean count, and DDP averages over the ranks. So the result is the
-                # mean over all items. With 10 and 30 items, the mean count is 20, and
-                # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
-                # (Without items, the loss is NaN, but cross_entropy's gradient is 0.)
-                weight = count / mean_count if count else 0.0
+                # loss * count is the sum of the batch's losses. All ranks divide it by
+                # the same number, the mean of their counts, and DDP averages over the
+                # ranks. That gives the mean over all items. With 10 and 30 items on two
+                # ranks: (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+                # (A batch without items has a NaN loss, but cross_entropy's gradient is
+                # 0 then. It needs backward() all the same, as the other ranks wait.)
+                weight = count / divisor if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
+
+    def no_averaging_unless(self, is_last):
+        """Return the context of a forward and a backward pass."""
+        if not self.is_ddp or (is_last and self.exchanges):
+            return nullcontext()
+        return self.model_to_call.no_sync()
 
 
 class Metrics:
@@ -367,7 +374,7 @@ class Metrics:
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
-        """Return the means, by name. For those of all ranks, all have to call this."""
+        """Return the means, by name. With of_all_ranks, all ranks have to call this."""
         own = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
         pairs = [(own, self.count)]
@@ -397,7 +404,7 @@ def check_gradients(ddp, normal):
     dist.gather_object(batch, batches)
     found = take_gradients(ddp, [batch])
     if ddp.rank > 0:
-        return {}
+        return {"same_gradients": None}  # only rank 0 knows
     expected = take_gradients(normal, batches)
     difference, name = largest_difference(expected, found)
     # Seen on CPUs: rounding makes a difference of up to 1e-6, and mistakes make one of
@@ -434,28 +441,31 @@ def take_gradients(trainer, batches):
     divides by their number, as DDP does.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    mean_count = sum(counts) / len(batches)
+    divisor = sum(counts) / len(batches)
     if trainer.is_ddp and COUNTS_DIFFER:
-        mean_count = mean_over_ranks(mean_count, trainer.device)
+        divisor = mean_over_ranks(divisor, trainer.device)
 
-    def untrained():  # by name, as `self.mean = 0.9 * self.mean` makes a new buffer
+    # A forward pass can change buffers and frozen parameters. It can also replace a
+    # buffer by a new tensor, so they are looked up by name each time.
+    def untrained():
         named = chain(trainer.model.named_parameters(), trainer.model.named_buffers())
         return {name: value for name, value in named if not value.requires_grad}
 
     saved = {name: value.clone() for name, value in untrained().items()}
 
-    def reset():  # the same random numbers (dropout), and BatchNorm's first statistics
+    def reset():  # the same dropout for all batches, and BatchNorm as it was
         seed_everything(trainer.args.seed)
         for name, value in untrained().items():
             value.data = saved.get(name, value).clone()
 
+    # Without float16's scale, the two ways can be compared.
     scaler, trainer.scaler = trainer.scaler, torch.amp.GradScaler(enabled=False)
     trainer.model_to_call.train()
     for batch, count in zip(batches, counts):
         reset()
         batch = copy.copy(batch)  # compute_loss may take it apart
         metrics = Metrics(trainer.device)  # not needed here
-        trainer.accumulate_gradients([batch], [count], mean_count, metrics)
+        trainer.accumulate_gradients([batch], [count], divisor, metrics)
     reset()
     trainer.scaler = scaler
     gradients = {}
@@ -498,7 +508,7 @@ def print_epoch(epoch, args, results):
 
 
 def median_step_ms(results, num_steps):
-    """Return the ms of a step in the median epoch, without the first: it warms up."""
+    """Return the ms per step in the median epoch, leaving out the first, a warm-up."""
     return (
         1000 * median(result.seconds for result in results[1:] or results) / num_steps
     )
@@ -507,14 +517,14 @@ def median_step_ms(results, num_steps):
 def measure_step(ddp, results):
     """Return the ms that a DDP step needs to read data, to compute, and to synchronise.
 
-    All ranks have to call this. It spoils the weights.
+    All ranks have to call this. The weights are useless afterwards.
     """
     whole_ms = median_step_ms(results, ddp.num_steps)
     repeats = [max(2, round(400 / whole_ms))]  # for 0.4 seconds
     dist.broadcast_object_list(repeats, 0)  # all ranks take the number of rank 0
     batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
     # Time steps without reading, then also without exchanging anything. The differences
-    # are the parts. (Because of noise, no time may be longer than the one before.)
+    # are the parts. (min() keeps noise from making a part negative.)
     unread_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
     ddp.exchanges = False
     compute_ms = min(time_steps(ddp, batches, repeats[0]), unread_ms)
@@ -591,23 +601,23 @@ def verdict(figures, args):
         text += f" {args.world_size} processes share {devices} {kind}: start at most"
         return f"{text} {devices}."
     if gpus:
-        text += " One GPU may also be faster with larger batches. To see, compare its"
-        text += " samples/s with --world_size 1 --batch_size"
-        text += f" {args.world_size * args.batch_size}."
+        size = args.world_size * args.batch_size
+        text += " One GPU may also be faster with larger batches. To see, compare the"
+        text += f" samples/s of --world_size 1 --batch_size {size}."
     data, compute, sync = figures["ddp_step_ms"].values()
     by_rank = figures["compute_ms_by_rank"]
     slowest, usual = max(by_rank), median_low(by_rank)
-    # The time that the others wait for the slowest rank is a part of sync: most of it?
+    # Waiting for the slowest rank counts as sync. If it is over half of it, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
         text += (
             f" Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times as"
         )
-        return f"{text} long as the others, which wait for it."
+        return f"{text} long as a typical rank, and the others wait for it."
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text} Loading data takes longest: try --num_workers {workers}."
     if sync < 0.2 * (data + compute + sync):
-        return f"{text} Most of a step is computing, as it should be."
+        return f"{text} The largest part of a step is computing, as it should be."
     # With n times the batches in a step, all but sync takes n times as long.
     normal_ms, accum = figures["normal_step_ms"], args.grad_accum_steps
     gains = {n: n * normal_ms / (n * (data + compute) + sync) for n in (2, 4, 8)}

@@ -64,7 +64,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a whole batch. If this exists, DataLoader calls it: it is optional."""
+        """Return a batch. Optional: DataLoader calls it in place of __getitem__."""
         rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -92,10 +92,10 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of sums, such as of correct answers.
+    """Return the mean loss of a batch, and a dict of sums over its items.
 
-    They are divided by the number of items, and printed. Call `model` itself, and not
-    one of its methods: DDP only sees calls of the model.
+    A sum, such as that of correct answers, is divided by the number of items and printed.
+    Call `model` itself, not one of its methods, or DDP does not notice.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -264,9 +264,9 @@ class Trainer:
         args = self.args
         # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        mean_count = sum(counts)  # of items in this step, per rank
+        divisor = sum(counts)  # the items of this rank in this step
         if COUNTS_DIFFER:
-            mean_count = mean_over_ranks(mean_count, self.device)
+            divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
             # for all batches but the last. It has to enclose the forward pass, too.
@@ -275,12 +275,13 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # loss * count is the sum of the batch's losses. Each rank divides it by
-                # the mean count, and DDP averages over the ranks. So the result is the
-                # mean over all items. With 10 and 30 items, the mean count is 20, and
-                # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
-                # (Without items, the loss is NaN, but cross_entropy's gradient is 0.)
-                weight = count / mean_count if count else 0.0
+                # loss * count is the sum of the batch's losses. All ranks divide it by
+                # the same number, the mean of their counts, and DDP averages over the
+                # ranks. That gives the mean over all items. With 10 and 30 items on two
+                # ranks: (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+                # (A batch without items has a NaN loss, but cross_entropy's gradient is
+                # 0 then. It needs backward() all the same, as the other ranks wait.)
+                weight = count / divisor if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
         self.scaler.unscale_(self.optimizer)

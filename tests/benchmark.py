@@ -29,7 +29,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before joining a group: see guard_process in torchrun_ddp.py
+import torch.distributed.nn  # before joining a group: see guard_process in the script
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -139,14 +139,14 @@ def verdict(speedup=1.5, spread=0.1, parts=(1.0, 3.0, 1.0), **changes):
         ({"ddp": [None]}, "Too few epochs to tell"),
         ({"world_size": 1}, "With one process, DDP cannot be faster."),
         ({"world_size": 9}, "9 processes share 4 cores: start at most 4."),
-        ({"parts": (1, 3, 0.9)}, "Most of a step is computing"),
+        ({"parts": (1, 3, 0.9)}, "The largest part of a step is computing"),
         # (2 x 7.5) / (2 x 4 + 4), and (4 x 7.5) / (4 x 4 + 4)
         ({"parts": (1, 3, 4)}, "about 1.2 with --grad_accum_steps 6, and 1.5 with 12."),
         ({"parts": (1, 6, 40)}, "There is too little work to share"),
         ({"parts": (5, 1, 0.1)}, "Loading data takes longest: try --num_workers 2."),
         (
             {"compute_ms_by_rank": [3, 6]},
-            "Rank 1 computes 2.0 times as long as the oth",
+            "Rank 1 computes 2.0 times as long as a typ",
         ),
     ],
 )
@@ -156,5 +156,5 @@ def test_the_verdict(changes, says, monkeypatch):
 
 
 def test_one_gpu_may_be_faster_with_larger_batches(two_gpus):
-    says = "compare its samples/s with --world_size 1 --batch_size 20."
+    says = "compare the samples/s of --world_size 1 --batch_size 20."
     assert says in verdict()
