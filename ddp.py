@@ -102,7 +102,7 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    A sum, such as that of correct answers, is divided by the number of items and printed.
+    A sum, as that of correct answers, is divided by the number of items, and printed.
     Call `model` itself, not one of its methods, or DDP does not notice.
     """
     inputs, labels = batch
@@ -112,7 +112,11 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return how many items (samples, or tokens) the loss is the mean of."""
+    """Return the number of items (samples, or tokens) that the loss is the mean of.
+
+    If that can be 0, as with padding alone, the loss may be NaN, and gets weight 0. Its
+    gradient has to be finite, as cross_entropy's is.
+    """
     _, labels = batch
     return len(labels)
 
@@ -163,8 +167,8 @@ def worker(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: take a device, then join the other processes, which together are called the
-    # process group. They connect to the store of main(). The backend moves the data that
-    # they exchange: nccl between GPUs, gloo between CPUs.
+    # process group. They connect to the store of main(). The backend moves the data
+    # that they exchange: nccl between GPUs, gloo between CPUs.
     device = choose_device(args, rank)
     if args.definitions:
         use_definitions(args.definitions)
@@ -262,8 +266,8 @@ class Trainer:
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
         # ranks shuffle the samples in the same way, and deal them out like cards: of 2
         # ranks, rank 0 gets the 1st, 3rd, 5th, ... So the batches that both read at the
-        # same time hold the samples of 2 successive batches of normal training. The last
-        # samples, too few for a whole batch of each rank, are left out.
+        # same time hold the samples of 2 successive batches of normal training. Samples
+        # at the end, too few for a whole batch of each rank, are left out.
         batch_of_all = args.batch_size * args.world_size
         num_samples = len(dataset) // batch_of_all * batch_of_all
         self.sampler = DistributedSampler(
@@ -281,8 +285,8 @@ class Trainer:
         self.model_to_call = self.model
         if is_ddp:
             # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on,
-            # if a loss comes from a call of the wrapped model, backward() also averages
-            # the gradients over the ranks. So the weights stay equal.
+            # call this model to train: only then does backward() average the gradients
+            # over the ranks. So all ranks take the same step and keep equal weights.
             self.model_to_call = wrap_in_ddp(self.model)  # shares the weights
         self.optimizer = make_optimizer(self.model, args)
         total_steps = args.epochs * self.num_steps
@@ -316,7 +320,9 @@ class Trainer:
         """Take one optimizer step on these batches and, with DDP, the other ranks'."""
         # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        divisor = sum(counts)  # the items of this rank in this step
+        divisor = sum(
+            counts
+        )  # items of this rank; all have as many, unless COUNTS_DIFFER
         if self.exchanges and COUNTS_DIFFER:
             divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
         self.accumulate_gradients(batches, counts, divisor, metrics)
@@ -340,12 +346,10 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # loss * count is the sum of the batch's losses. All ranks divide it by
-                # the same number, the mean of their counts, and DDP averages over the
-                # ranks. That gives the mean over all items. With 10 and 30 items on two
-                # ranks: (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
-                # (A batch without items has a NaN loss, but cross_entropy's gradient is
-                # 0 then. It needs backward() all the same, as the other ranks wait.)
+                # loss * count is the sum of the batch's losses. backward() adds up the
+                # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
+                # has 30, the divisor is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
+                # (sum_0 + sum_1) / 40: the mean loss of all items.
                 weight = count / divisor if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
@@ -779,7 +783,10 @@ def gather_from_all(value):
 
 
 def warn_unless_same(value, warning):
-    """Warn if the ranks' values differ; return if not. All ranks have to call this."""
+    """Warn if the ranks' values differ. Return whether they are the same.
+
+    All ranks have to call this.
+    """
     is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
     if not is_same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")

@@ -12,9 +12,9 @@ For two machines with 8 GPUs each, run this on both. 10.0.0.1 is one of them:
 
 Part 1 defines the data and the model. To train your own, edit it, or write your
 versions of these definitions to a file and pass it with --definitions FILE.
-Part 2 trains. The comments "DDP 1" to "DDP 9" mark what a script for one GPU does not
-need. Part 3 saves and resumes. Part 4 has flags, helpers, and guards against rare
-failures. DDP works without the guards.
+Part 2 trains. The comments "DDP 1" to "DDP 9" mark the main things that a script for
+one GPU does not need. Part 3 saves and resumes. Part 4 has flags, helpers, and guards
+against rare failures. DDP works without the guards.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1,
 and a local rank, its number on its own machine. A collective, such as all_reduce, is an
@@ -94,7 +94,7 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    A sum, such as that of correct answers, is divided by the number of items and printed.
+    A sum, as that of correct answers, is divided by the number of items, and printed.
     Call `model` itself, not one of its methods, or DDP does not notice.
     """
     inputs, labels = batch
@@ -104,7 +104,11 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return how many items (samples, or tokens) the loss is the mean of."""
+    """Return the number of items (samples, or tokens) that the loss is the mean of.
+
+    If that can be 0, as with padding alone, the loss may be NaN, and gets weight 0. Its
+    gradient has to be finite, as cross_entropy's is.
+    """
     _, labels = batch
     return len(labels)
 
@@ -175,7 +179,7 @@ class Trainer:
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
         # parts have the same number of batches, and all batches are full. (What is left
         # over, less than a batch of each rank, differs from epoch to epoch.) Choose the
-        # learning rate for the global batch, which all ranks take together in a step.
+        # learning rate for the global batch: the samples of all ranks in a step.
         self.global_batch = args.batch_size * args.grad_accum_steps * self.world_size
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
@@ -192,7 +196,7 @@ class Trainer:
         seed_everything(args.seed)
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
-        self.first_options = options_of(self.optimizer)  # see part 3
+        self.first_options = options_of(self.optimizer)  # for part 3: they may change
         total_steps = args.epochs * math.ceil(len(self.loader) / args.grad_accum_steps)
         self.total_steps = total_steps
         self.scheduler = make_scheduler(self.optimizer, total_steps, args)
@@ -203,9 +207,9 @@ class Trainer:
         self.samples_done = 0  # in the current epoch, by all ranks together
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)
-        # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, if a
-        # loss comes from a call of ddp_model, backward() also averages the gradients
-        # over the ranks. All ranks then take the same step, and keep the same weights.
+        # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, call
+        # ddp_model to train: only then does backward() average the gradients over the
+        # ranks. So all ranks take the same step, and keep the same weights.
         self.ddp_model = wrap_in_ddp(self.model)  # shares its weights with self.model
 
     def train(self):
@@ -236,10 +240,8 @@ class Trainer:
         self.sampler.set_epoch(self.epochs_done)
         seed_everything(args.seed + self.epochs_done * self.world_size + self.rank)
         loader, samples_before = self.loader, self.samples_done
-        if self.samples_done:  # resumed inside this epoch: go on with its next batches
-            batches_done = self.samples_done // (args.batch_size * self.world_size)
-            rest = list(self.batch_sampler)[batches_done:]
-            loader = make_loader(self.dataset, rest, args)
+        if self.samples_done:
+            loader = make_loader_of_the_rest(self)  # resumed inside this epoch: part 3
         num_steps = math.ceil(len(loader) / args.grad_accum_steps)
         metrics, steps_done, batches = Metrics(self.device), 0, iter(loader)
         self.ddp_model.train()
@@ -250,7 +252,7 @@ class Trainer:
             self.samples_done += len(step_batches) * args.batch_size * self.world_size
             del step_batches  # frees their memory before the next ones are read
             save_now = args.save_every and steps_done % args.save_every == 0
-            if self.rank == 0 and save_now and steps_done < num_steps:
+            if self.rank == 0 and save_now and steps_done < num_steps:  # see train()
                 save_snapshot(self, args.snapshot_path)
         means = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
@@ -264,7 +266,9 @@ class Trainer:
         args = self.args
         # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        divisor = sum(counts)  # the items of this rank in this step
+        divisor = sum(
+            counts
+        )  # items of this rank; all have as many, unless COUNTS_DIFFER
         if COUNTS_DIFFER:
             divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
         for index, (batch, count) in enumerate(zip(batches, counts)):
@@ -275,12 +279,10 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # loss * count is the sum of the batch's losses. All ranks divide it by
-                # the same number, the mean of their counts, and DDP averages over the
-                # ranks. That gives the mean over all items. With 10 and 30 items on two
-                # ranks: (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
-                # (A batch without items has a NaN loss, but cross_entropy's gradient is
-                # 0 then. It needs backward() all the same, as the other ranks wait.)
+                # loss * count is the sum of the batch's losses. backward() adds up the
+                # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
+                # has 30, the divisor is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
+                # (sum_0 + sum_1) / 40: the mean loss of all items.
                 weight = count / divisor if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
@@ -416,6 +418,19 @@ def restore(trainer, snapshot):
         if snapshot["global_batch"] != trainer.global_batch:
             change = f"{snapshot['global_batch']} to {trainer.global_batch}"
             print(f"The global batch changes from {change}: mind the learning rate")
+
+
+def make_loader_of_the_rest(trainer):
+    """Return a loader of what is left of an epoch.
+
+    All ranks take samples in turn from one shuffled order, of which the first
+    samples_done are done, whatever the number of ranks was before.
+    """
+    samples_per_batch = trainer.args.batch_size * trainer.world_size
+    index_lists = list(trainer.batch_sampler)[
+        trainer.samples_done // samples_per_batch :
+    ]
+    return make_loader(trainer.dataset, index_lists, trainer.args)
 
 
 def settings_to_keep(trainer):
@@ -585,7 +600,10 @@ def gather_from_all(value):
 
 
 def warn_unless_same(value, warning):
-    """Warn if the ranks' values differ; return if not. All ranks have to call this."""
+    """Warn if the ranks' values differ. Return whether they are the same.
+
+    All ranks have to call this.
+    """
     is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
     if not is_same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")

@@ -170,10 +170,8 @@ def waits(args):
         number = count_items(batch)  # of the CPU, which need not wait
         return float(number.numpy()) if torch.is_tensor(number) else number
 
-    with (
-        replaced(torchrun_ddp.Trainer, train_step=watched),
-        replaced(count_items=count),
-    ):
+    counts = replaced(count_items=count)
+    with replaced(torchrun_ddp.Trainer, train_step=watched), counts:
         train(args)
     assert seen["addmm"] or seen["mm"], seen  # it has seen the model at all
     return {name: seen[name] for name in WAITING if seen[name]}

@@ -219,7 +219,10 @@ def test_the_parts_of_a_step(results):
     assert shares["slow rank"]["sync"] > 0.5  # rank 0's, which waits
     slow = results[2]["timed: slow rank"]
     assert slow["compute_ms_by_rank"][1] > 2 * slow["compute_ms_by_rank"][0]
-    assert "Rank 1 computes" in slow["says"] and "and the others wait for it" in slow["says"]
+    assert (
+        "Rank 1 computes" in slow["says"]
+        and "and the others wait for it" in slow["says"]
+    )
     counted = results[2]["timed: slow rank, counts exchanged"]["compute_ms_by_rank"]
     assert counted[1] > 2 * counted[0]
 
