@@ -320,9 +320,8 @@ class Trainer:
         """Take one optimizer step on these batches and, with DDP, the other ranks'."""
         # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        divisor = sum(
-            counts
-        )  # items of this rank; all have as many, unless COUNTS_DIFFER
+        # The items of this rank. Unless COUNTS_DIFFER, all ranks have as many.
+        divisor = sum(counts)
         if self.exchanges and COUNTS_DIFFER:
             divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
         self.accumulate_gradients(batches, counts, divisor, metrics)

@@ -197,9 +197,9 @@ class Trainer:
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
         self.first_options = options_of(self.optimizer)  # for part 3: they may change
-        total_steps = args.epochs * math.ceil(len(self.loader) / args.grad_accum_steps)
-        self.total_steps = total_steps
-        self.scheduler = make_scheduler(self.optimizer, total_steps, args)
+        steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
+        self.total_steps = args.epochs * steps_per_epoch
+        self.scheduler = make_scheduler(self.optimizer, self.total_steps, args)
         use_scaler = args.precision == "float16"  # for gradients too small for float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
         self.autocast = make_autocast(args, device)
@@ -266,9 +266,8 @@ class Trainer:
         args = self.args
         # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
         counts = [float(count_items(batch)) for batch in batches]
-        divisor = sum(
-            counts
-        )  # items of this rank; all have as many, unless COUNTS_DIFFER
+        # The items of this rank. Unless COUNTS_DIFFER, all ranks have as many.
+        divisor = sum(counts)
         if COUNTS_DIFFER:
             divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
         for index, (batch, count) in enumerate(zip(batches, counts)):
