@@ -236,5 +236,7 @@ def test_a_second_training_with_the_same_path_stops(start, folder):
         time.sleep(0.1)
     ended = second if first.process.poll() is None else first
     assert ended.wait(60) == 1 and ended.all_gone()
-    assert "another run has saved to snapshot.pt, so this one stops" in ended.stderr
+    # Or its ranks have seen the first snapshot appear: rank 1 has, and rank 0 has not.
+    stops = "another run has saved to snapshot.pt, so this one stops"
+    assert stops in ended.stderr or "is not the same on all machines" in ended.stderr
     assert load(folder / "snapshot.pt")["epochs_done"] >= 1
