@@ -420,10 +420,8 @@ def check_gradients(ddp, normal):
         noise, _ = largest_difference(expected, take_gradients(normal, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
-    text = (
-        "DDP is right: its gradients match those of normal training (largest relative"
-    )
-    text += f" difference: {difference:.1g})."
+    text = "DDP is right: its gradients match those of normal training (largest"
+    text += f" relative difference: {difference:.1g})."
     if same is False:
         text = "DDP is WRONG: its gradients differ from those of normal training, by"
         text += f" {difference:.1g} of their length in {name}. README: Wrong."
@@ -512,9 +510,8 @@ def print_epoch(epoch, args, results):
 
 def median_step_ms(results, num_steps):
     """Return the ms per step in the median epoch, leaving out the first, a warm-up."""
-    return (
-        1000 * median(result.seconds for result in results[1:] or results) / num_steps
-    )
+    seconds = median(result.seconds for result in results[1:] or results)
+    return 1000 * seconds / num_steps
 
 
 def measure_step(ddp, results):
@@ -588,7 +585,7 @@ def verdict(figures, args):
     how = "DDP makes no clear difference"
     if len(figures["ddp"]) <= 2:
         how = "Too few epochs to tell"
-    elif lowest > 1 and speedup > 1.1:
+    elif lowest > 1 and speedup > 1.1 and args.world_size > 1:
         how = "DDP is faster"
     elif highest < 1 and speedup < 0.9:
         how = "DDP is slower"
@@ -612,10 +609,8 @@ def verdict(figures, args):
     slowest, usual = max(by_rank), median_low(by_rank)
     # Waiting for the slowest rank counts as sync. If it is over half of it, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
-        text += (
-            f" Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times as"
-        )
-        return f"{text} long as a typical rank, and the others wait for it."
+        text += f" Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times"
+        return f"{text} as long as a typical rank, and the others wait for it."
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text} Loading data takes longest: try --num_workers {workers}."
@@ -627,10 +622,10 @@ def verdict(figures, args):
     if gains[8] < 1.1:
         return f"{text} There is too little work to share: use a larger model or batch."
     text += " Averaging gradients takes much of a step. The speedup would be about"
+    text += f" {gains[2]:.1f} with --grad_accum_steps {2 * accum}, and {gains[4]:.1f}"
     text += (
-        f" {gains[2]:.1f} with --grad_accum_steps {2 * accum}, and {gains[4]:.1f} with"
+        f" with {4 * accum}. Both enlarge the global batch, so mind the learning rate."
     )
-    text += f" {4 * accum}. Both enlarge the global batch, so mind the learning rate."
     return text
 
 

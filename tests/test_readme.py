@@ -70,7 +70,7 @@ MODEL = "model = nn.Linear(20, 2)"
 NORM = "nn.BatchNorm1d(20), nn.Dropout(0.3), nn.Linear(20, 2)"
 CALL = "        return nn.functional.cross_entropy(ddp(batch[0].to(device))"
 WRAP = "nn.parallel.DistributedDataParallel(model)"
-SAMPLER = ", sampler=sampler)  # 64 on all ranks"
+SAMPLER = ", sampler=sampler)  # 64 in total"
 CHANGES = {  # of the loop, and of the check, with what it says then
     "right": ("right", {}, {}),
     "BatchNorm and dropout": (
