@@ -425,10 +425,8 @@ def make_loader_of_the_rest(trainer):
     All ranks take samples in turn from one shuffled order, of which the first
     samples_done are done, whatever the number of ranks was before.
     """
-    samples_per_batch = trainer.args.batch_size * trainer.world_size
-    index_lists = list(trainer.batch_sampler)[
-        trainer.samples_done // samples_per_batch :
-    ]
+    batches_done = trainer.samples_done // (trainer.args.batch_size * trainer.world_size)
+    index_lists = list(trainer.batch_sampler)[batches_done:]
     return make_loader(trainer.dataset, index_lists, trainer.args)
 
 
