@@ -425,7 +425,9 @@ def make_loader_of_the_rest(trainer):
     All ranks take samples in turn from one shuffled order, of which the first
     samples_done are done, whatever the number of ranks was before.
     """
-    batches_done = trainer.samples_done // (trainer.args.batch_size * trainer.world_size)
+    batches_done = trainer.samples_done // (
+        trainer.args.batch_size * trainer.world_size
+    )
     index_lists = list(trainer.batch_sampler)[batches_done:]
     return make_loader(trainer.dataset, index_lists, trainer.args)
 
