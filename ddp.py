@@ -9,16 +9,15 @@ epoch, the first process trains normally, on its own, and all processes together
 with DDP, on the same samples in each step. For several machines, and for real training,
 use torchrun_ddp.py.
 
-Part 1 defines the data and the model. To check your own, edit it, or write your
-versions of these definitions to a file and pass it with --definitions FILE. FILE can be
-your copy of torchrun_ddp.py.
-Part 2 launches the processes and trains. The comments "DDP 1" to "DDP 9" mark what a
-script for one GPU does not need. Part 3 compares gradients. Part 4 measures time.
-Part 5 has flags, helpers, and guards against rare failures. You can skip it.
+Part 1 defines the data and the model: edit it, or write your versions to a file that
+you pass with --definitions. (Your copy of torchrun_ddp.py is such a file, too.) Part 2
+launches the processes and trains. The comments "DDP 1" to "DDP 9" mark what a script
+for one GPU does not need. Part 3 compares gradients. Part 4 measures time. Part 5 has
+flags, helpers, and guards against rare failures. You can skip it.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. Every rank has to call
-it: if one does not, the others wait for it until --timeout, and then fail.
+it: if one does not, the others wait, and fail after --timeout seconds.
 """
 
 import argparse
@@ -39,10 +38,9 @@ import textwrap
 import time
 import traceback
 import zlib
-from collections import namedtuple
 from contextlib import nullcontext
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import islice
 from statistics import median, median_low
 
 import torch
@@ -59,8 +57,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 class MyDataset(Dataset):
     """Random inputs of shape (size,), with random labels 0 and 1."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        seed = 2 * seed if train else 2 * seed + 1  # different data for validation
+    def __init__(self, length, size, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
@@ -89,10 +86,10 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None. All ranks need the same."""
-    length, size, seed = args.dataset_length, args.input_size, args.seed
-    validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
-    return MyDataset(length, size, seed), validation_set
+    """Return a training set, and a validation set or None: the same on all ranks."""
+    length, size = args.dataset_length, args.input_size
+    validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
+    return MyDataset(length, size, seed=args.seed), validation_set
 
 
 def make_model(args):
@@ -102,8 +99,8 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    A sum, as that of correct answers, is divided by the number of items, and printed.
-    Call `model` itself, not one of its methods, or DDP does not notice.
+    Each sum, such as the number of correct answers, is divided by the number of items
+    and printed by name. Call model(...) itself: its other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -112,11 +109,7 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return the number of items (samples, or tokens) that the loss is the mean of.
-
-    If that can be 0, as with padding alone, the loss may be NaN, and gets weight 0. Its
-    gradient has to be finite, as cross_entropy's is.
-    """
+    """Return the number of items (samples, or tokens) that the loss is the mean of."""
     _, labels = batch
     return len(labels)
 
@@ -127,7 +120,7 @@ COUNTS_DIFFER = False
 
 
 def collate(samples):
-    """Make a batch from a list of samples. (__getitems__ has made one already.)"""
+    """Make a batch from a list of samples, unless __getitems__ has made it already."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -154,31 +147,33 @@ def wrap_in_ddp(model):
 def main():
     args = parse_args()
     store = open_store()  # a small key-value server, by which processes find each other
+    # At the barrier, processes wait for each other, without a time limit.
+    barrier = mp.get_context("spawn").Barrier(args.world_size)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     line = f"world size {args.world_size}, global batch {global_batch:,}"
     print(line if kind == "cuda" else f"{line}, {args.cores} cores", flush=True)
     # DDP 1: launch. Start the processes. Each of them calls worker(rank, *arguments).
-    launch(worker, (args, store.host, store.port), args.world_size)
+    launch(worker, (args, barrier, store.host, store.port), args.world_size)
 
 
-def worker(rank, args, host, port):
+def worker(rank, args, barrier, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
-    # DDP 2: take a device, then join the other processes, which together are called the
-    # process group. They connect to the store of main(). The backend moves the data
-    # that they exchange: nccl between GPUs, gloo between CPUs.
-    device = choose_device(args, rank)
     if args.definitions:
         use_definitions(args.definitions)
-    timeout = timedelta(seconds=args.timeout)
-    store = dist.TCPStore(host, port, timeout=timeout)
-    who = {"rank": rank, "world_size": args.world_size}
-    dist.init_process_group(args.backend, store=store, timeout=timeout, **who)
+    # DDP 2: take a device, then join the other processes, which together are called the
+    # process group. They meet at the store of main(). The backend moves the data that
+    # they exchange: nccl between GPUs, gloo between CPUs.
+    device = choose_device(args, rank)
+    store, limit = dist.TCPStore(host, port), timedelta(seconds=args.timeout)
+    dist.init_process_group(
+        args.backend, store=store, rank=rank, world_size=args.world_size, timeout=limit
+    )
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     try:
-        is_right = compare(args, device, store)
+        is_right = compare(args, device, barrier)
     except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
         traceback.print_exc()
         sys.exit(1)
@@ -186,12 +181,12 @@ def worker(rank, args, host, port):
     sys.exit(0 if is_right else 1)
 
 
-def compare(args, device, store):
+def compare(args, device, barrier):
     """Check DDP, then train both ways. Return False if DDP is wrong."""
     rank = dist.get_rank()
-    ddp, normal = make_trainers(args, device, store)
+    ddp, normal = make_trainers(args, device, barrier)
     figures = check_gradients(ddp, normal)
-    results = {"normal": [], "ddp": []}  # an EpochResult for each epoch
+    results = {"normal": [], "ddp": []}  # what train_epoch returns, for each epoch
     for epoch in range(args.epochs):
         # The two ways alternate in going first, so that neither is favoured.
         for way in ("normal", "ddp") if epoch % 2 == 0 else ("ddp", "normal"):
@@ -199,39 +194,35 @@ def compare(args, device, store):
                 results["ddp"].append(ddp.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal.train_epoch(epoch))
-                say_done(store, f"epoch {epoch}")
-            else:
-                wait_until_done(store, f"epoch {epoch}")
+            barrier.wait()  # while rank 0 trains normally, the others wait here
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
     figures["same_weights"] = compare_weights(ddp.model)
     figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-        say_done(store, "report")
-    # A rank that ends now with exit code 1 would make launch() end rank 0.
-    wait_until_done(store, "report")
+    barrier.wait()  # for the report: launch() ends all if one process ends with code 1
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
-def make_trainers(args, device, store):
+def make_trainers(args, device, barrier):
     """Return a trainer with DDP and, on rank 0, one without (None on other ranks)."""
     # DDP 3: the same data. With the same seed, all ranks make the same dataset. Rank 0
     # goes first: if it downloads files, the others find them.
     rank = dist.get_rank()
     seed_everything(args.seed)
     if rank > 0:
-        wait_until_done(store, "data")
+        barrier.wait()
     dataset, _ = make_datasets(args)  # nothing is validated here
     if rank == 0:
-        say_done(store, "data")
+        barrier.wait()
     compare_data(dataset, args)
     seed_everything(args.seed)
     ddp = Trainer(args, device, dataset, make_model(args), is_ddp=True)
     normal, is_new = None, True
     if rank == 0:
         seed_everything(args.seed)
-        model = make_model(args)  # not copy.deepcopy, which not all models survive
+        model = make_model(args)  # some models cannot be copied by copy.deepcopy
         pairs = zip(model.parameters(), ddp.model.parameters())
         is_new = not any(one is other for one, other in pairs)
         model.load_state_dict(ddp.model.state_dict())
@@ -243,31 +234,19 @@ def make_trainers(args, device, store):
     return ddp, normal
 
 
-def say_done(store, task):
-    store.set(task, "done")
-
-
-def wait_until_done(store, task):
-    """Wait for say_done, however long. (A collective would fail after --timeout.)"""
-    store.wait([task], timedelta(days=20))
-
-
-EpochResult = namedtuple("EpochResult", "means samples seconds")
-
-
 class Trainer:
     """Trains a model with DDP, as one of several ranks, or normally, on its own."""
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.exchanges = is_ddp  # measure_step turns this off
+        self.exchanges = is_ddp  # with other ranks; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
         # ranks shuffle the samples in the same way, and deal them out like cards: of 2
-        # ranks, rank 0 gets the 1st, 3rd, 5th, ... So the batches that both read at the
-        # same time hold the samples of 2 successive batches of normal training. Samples
-        # at the end, too few for a whole batch of each rank, are left out.
+        # ranks, rank 0 gets the 1st, 3rd, 5th, ... So in every step, all ranks together
+        # take the same samples as normal training does. Samples at the end of the
+        # dataset, too few for a whole batch of each rank, are left out.
         batch_of_all = args.batch_size * args.world_size
         num_samples = len(dataset) // batch_of_all * batch_of_all
         self.sampler = DistributedSampler(
@@ -283,20 +262,24 @@ class Trainer:
 
         self.model = model.to(device)
         self.model_to_call = self.model
+        self.no_sync = nullcontext  # normal training has nothing to average
         if is_ddp:
             # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on,
             # call this model to train: only then does backward() average the gradients
             # over the ranks. So all ranks take the same step and keep equal weights.
             self.model_to_call = wrap_in_ddp(self.model)  # shares the weights
+            self.no_sync = self.model_to_call.no_sync
         self.optimizer = make_optimizer(self.model, args)
         total_steps = args.epochs * self.num_steps
         self.scheduler = make_scheduler(self.optimizer, total_steps, args)
         use_scaler = args.precision == "float16"  # for gradients too small for float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
-        self.autocast = make_autocast(args, device)
+        dtype = getattr(torch, args.precision)
+        is_low = dtype != torch.float32
+        self.autocast = torch.autocast(device.type, dtype, enabled=is_low)
 
     def train_epoch(self, epoch):
-        """Train for one epoch. Return an EpochResult."""
+        """Train for one epoch. Return its mean metrics, samples and seconds."""
         # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
         # should differ between epochs and between ranks, too.
         self.sampler.set_epoch(epoch)
@@ -314,17 +297,17 @@ class Trainer:
             warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
             warn_unless_same(metrics.count, warning)
         samples = len(self.loader) * self.args.batch_size * self.num_ranks
-        return EpochResult(means, samples, seconds)
+        return {"means": means, "samples": samples, "seconds": seconds}
 
     def train_step(self, batches, metrics):
         """Take one optimizer step on these batches and, with DDP, the other ranks'."""
-        # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
+        # Count before the batches go to the GPU: reading a number from it makes the CPU
+        # wait.
         counts = [float(count_items(batch)) for batch in batches]
-        # The items of this rank. Unless COUNTS_DIFFER, all ranks have as many.
-        divisor = sum(counts)
+        items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
         if self.exchanges and COUNTS_DIFFER:
-            divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
-        self.accumulate_gradients(batches, counts, divisor, metrics)
+            items_per_rank = mean_over_ranks(items_per_rank, self.device)
+        self.accumulate_gradients(batches, counts, items_per_rank, metrics)
         self.scaler.unscale_(self.optimizer)
         if self.args.max_grad_norm:
             parameters = self.model.parameters()
@@ -335,29 +318,25 @@ class Trainer:
             self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def accumulate_gradients(self, batches, counts, divisor, metrics):
+    def accumulate_gradients(self, batches, counts, items_per_rank, metrics):
         """Compute the gradients of the mean loss over all items of a step."""
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
             # for all batches but the last. It has to enclose the forward pass, too.
             is_last = index == len(batches) - 1
-            with self.no_averaging_unless(is_last):
+            averages = is_last and self.exchanges
+            with nullcontext() if averages else self.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
                 # loss * count is the sum of the batch's losses. backward() adds up the
                 # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
-                # has 30, the divisor is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items.
-                weight = count / divisor if count else 0.0
+                # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
+                # (sum_0 + sum_1) / 40: the mean loss of all items. The loss of no items
+                # can be NaN, but its gradient has to be 0, as that of cross_entropy is.
+                weight = count / items_per_rank if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
-
-    def no_averaging_unless(self, is_last):
-        """Return the context of a forward and a backward pass."""
-        if not self.is_ddp or (is_last and self.exchanges):
-            return nullcontext()
-        return self.model_to_call.no_sync()
 
 
 class Metrics:
@@ -369,22 +348,22 @@ class Metrics:
 
     @torch.no_grad()
     def add(self, mean_loss, sums, count):
-        if count:  # without items, the mean is NaN
+        if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = self.zero.add(mean_loss, alpha=count)  # mean_loss * count
+            loss_sum = mean_loss.double() * count
             for name, value in {"loss": loss_sum, **sums}.items():
                 # To read a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
         """Return the means, by name. With of_all_ranks, all ranks have to call this."""
-        own = {name: value.item() for name, value in self.sums.items()}
+        sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        pairs = [(own, self.count)]
+        by_rank = [(sums, self.count)]
         if of_all_ranks:
-            pairs = gather_from_all((own, self.count))
+            by_rank = gather_from_all((sums, self.count))
         count, totals = 0, {}
-        for rank_sums, rank_count in pairs:
+        for rank_sums, rank_count in by_rank:
             count += rank_count
             for name, value in rank_sums.items():
                 totals[name] = totals.get(name, 0.0) + value
@@ -397,12 +376,15 @@ class Metrics:
 def check_gradients(ddp, normal):
     """Compare DDP's gradients of one batch per rank with those of normal training.
 
-    Rank 0 prints whether they are the same. Returns figures. Nothing is trained.
+    This does not cover accumulation, clipping and the optimizer. Nothing is trained.
+    Rank 0 prints whether the gradients are the same. Returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
     # training. So even random augmentation is the same both ways.
     batch = next(iter(ddp.loader))
-    batch = to_device(batch, "cpu", copy=True)  # a view would be sent as a whole tensor
+    batch = to_device(
+        batch, "cpu", copy=True
+    )  # a view would be sent with all that it views
     batches = [None] * ddp.num_ranks if ddp.rank == 0 else None
     dist.gather_object(batch, batches)
     found = take_gradients(ddp, [batch])
@@ -410,8 +392,8 @@ def check_gradients(ddp, normal):
         return {"same_gradients": None}  # only rank 0 knows
     expected = take_gradients(normal, batches)
     difference, name = largest_difference(expected, found)
-    # Seen on CPUs: rounding makes a difference of up to 1e-6, and mistakes make one of
-    # 0.03 or more. GPUs and low precision round more.
+    # On CPUs, rounding made differences of up to 1e-6, and mistakes made 0.03 or more.
+    # GPUs and low precision round more.
     is_exact = ddp.args.precision == "float32" and ddp.device.type == "cpu"
     is_exact = is_exact and all(g.element_size() >= 4 for g in found.values())
     same = difference < (1e-3 if is_exact else 1e-2)
@@ -424,10 +406,13 @@ def check_gradients(ddp, normal):
     text += f" relative difference: {difference:.1g})."
     if same is False:
         text = "DDP is WRONG: its gradients differ from those of normal training, by"
-        text += f" {difference:.1g} of their length in {name}. README: Wrong."
+        text += (
+            f' {difference:.1g} of their length in {name}. See "Wrong" in the README.'
+        )
     elif same is None:
         text = "Cannot tell if DDP is right: even normal training, done twice, gives"
-        text += " different gradients, or infinite ones. README: Not repeatable."
+        text += ' different gradients, or infinite ones. See "Not repeatable" in the'
+        text += " README."
     print_wrapped(text)
     size = sum(gradient.nbytes for gradient in expected.values())
     figures = {"same_gradients": same, "gradient_difference": difference}
@@ -442,46 +427,33 @@ def take_gradients(trainer, batches):
     divides by their number, as DDP does.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    divisor = sum(counts) / len(batches)
+    items_per_rank = sum(counts) / len(batches)
     if trainer.is_ddp and COUNTS_DIFFER:
-        divisor = mean_over_ranks(divisor, trainer.device)
-
-    # A forward pass can change buffers and frozen parameters. It can also replace a
-    # buffer by a new tensor, so they are looked up by name each time.
-    def untrained():
-        named = chain(trainer.model.named_parameters(), trainer.model.named_buffers())
-        return {name: value for name, value in named if not value.requires_grad}
-
-    saved = {name: value.clone() for name, value in untrained().items()}
-
-    def reset():  # the same dropout for all batches, and BatchNorm as it was
-        seed_everything(trainer.args.seed)
-        for name, value in untrained().items():
-            value.data = saved.get(name, value).clone()
-
+        items_per_rank = mean_over_ranks(items_per_rank, trainer.device)
+    model, metrics = trainer.model, Metrics(trainer.device)  # not needed here
+    state = copy.deepcopy(model.state_dict())
     # Without float16's scale, the two ways can be compared.
     scaler, trainer.scaler = trainer.scaler, torch.amp.GradScaler(enabled=False)
     trainer.model_to_call.train()
     for batch, count in zip(batches, counts):
-        reset()
-        batch = copy.copy(batch)  # compute_loss may take it apart
-        metrics = Metrics(trainer.device)  # not needed here
-        trainer.accumulate_gradients([batch], [count], divisor, metrics)
-    reset()
+        seed_everything(trainer.args.seed)  # the same dropout for all batches
+        batch = copy.copy(batch)  # compute_loss may change it, as by batch.pop()
+        trainer.accumulate_gradients([batch], [count], items_per_rank, metrics)
+        model.load_state_dict(state)  # BatchNorm's statistics have changed
     trainer.scaler = scaler
     gradients = {}
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
             gradients[name] = gradient.detach().to_dense().cpu() / len(batches)
-    trainer.model.zero_grad()
+    model.zero_grad()
     return gradients
 
 
 def largest_difference(expected, found):
-    """Return the largest relative difference, and the name of its parameter.
+    """Return the largest relative difference, and the parameter that has it.
 
     It is relative to the norm of a parameter's gradient or, if that is nearly 0 (as for
     a bias before BatchNorm), to a thousandth of the norm of all gradients.
@@ -501,16 +473,16 @@ def largest_difference(expected, found):
 
 
 def print_epoch(epoch, args, results):
-    normal, ddp = results["normal"][-1], results["ddp"][-1]
     print(f"epoch {epoch + 1}/{args.epochs}")
-    for name, result in (("normal", normal), ("DDP", ddp)):
-        rate = f"{result.samples / result.seconds:,.1f} samples/s"
-        print(f"  {name:6}  {as_text(result.means)}  {rate}")
+    for name, way in (("normal", "normal"), ("DDP   ", "ddp")):
+        result = results[way][-1]
+        rate = f"{result['samples'] / result['seconds']:,.1f} samples/s"
+        print(f"  {name}  {as_text(result['means'])}  {rate}")
 
 
 def median_step_ms(results, num_steps):
     """Return the ms per step in the median epoch, leaving out the first, a warm-up."""
-    seconds = median(result.seconds for result in results[1:] or results)
+    seconds = median(result["seconds"] for result in results[1:] or results)
     return 1000 * seconds / num_steps
 
 
@@ -521,15 +493,15 @@ def measure_step(ddp, results):
     """
     whole_ms = median_step_ms(results, ddp.num_steps)
     repeats = [max(2, round(400 / whole_ms))]  # for 0.4 seconds
-    dist.broadcast_object_list(repeats, 0)  # all ranks take the number of rank 0
+    dist.broadcast_object_list(repeats, 0)  # all ranks take rank 0's number
     batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
-    # Time steps without reading, then also without exchanging anything. The differences
-    # are the parts. (min() keeps noise from making a part negative.)
-    unread_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
+    # Time steps without reading data, then also without exchanging anything. The
+    # differences are the parts. (min() keeps noise from making a part negative.)
+    no_data_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
     ddp.exchanges = False
-    compute_ms = min(time_steps(ddp, batches, repeats[0]), unread_ms)
-    parts = {"data": whole_ms - unread_ms, "compute": compute_ms}
-    parts["sync"] = unread_ms - compute_ms
+    compute_ms = min(time_steps(ddp, batches, repeats[0]), no_data_ms)
+    parts = {"data": whole_ms - no_data_ms, "compute": compute_ms}
+    parts["sync"] = no_data_ms - compute_ms
     figures = {"steps_per_epoch": ddp.num_steps, "ddp_step_ms": parts}
     return {**figures, "compute_ms_by_rank": gather_from_all(compute_ms)}
 
@@ -552,14 +524,14 @@ def time_steps(trainer, batches, repeats):
 
 def report(figures, results, args):
     """Print times, where a step's time goes, and a verdict. Write --json."""
+    figures.update(results)
     for name, way in (("Normal", "normal"), ("DDP", "ddp")):
-        figures[way] = [result._asdict() for result in results[way]]
-        figures[f"{way}_seconds"] = sum(result.seconds for result in results[way])
-        print(f"{name} training time: {figures[f'{way}_seconds']:.2f} seconds")
+        seconds = sum(result["seconds"] for result in results[way])
+        print(f"{name} training time: {seconds:.2f} seconds")
     parts = figures["ddp_step_ms"]
     ddp_ms = sum(parts.values())
     pairs = list(zip(results["normal"], results["ddp"]))
-    ratios = [normal.seconds / ddp.seconds for normal, ddp in pairs[1:] or pairs]
+    ratios = [one["seconds"] / other["seconds"] for one, other in pairs[1:] or pairs]
     normal_ms = median_step_ms(results["normal"], figures["steps_per_epoch"])
     figures["normal_step_ms"], figures["speedup"] = normal_ms, normal_ms / ddp_ms
     figures["speedup_range"] = [min(ratios), max(ratios)]
@@ -567,12 +539,11 @@ def report(figures, results, args):
     for part, ms in parts.items():
         print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / ddp_ms)}")
     print(f"(sync averages {figures['gradient_bytes']:,} bytes of gradients)")
-    print_wrapped(verdict(figures, args))
+    print_wrapped(f"{verdict(figures, args)} {advice(figures, args)}")
     if args.json:
         figures["torch"] = torch.__version__
-        figures["device"] = "cpu"
-        if torch.cuda.is_available():
-            figures["device"] = torch.cuda.get_device_name()
+        has_gpu = torch.cuda.is_available()
+        figures["device"] = torch.cuda.get_device_name() if has_gpu else "cpu"
         text = json.dumps({**vars(args), **figures})
         figures = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
         with open(args.json, "w") as file:
@@ -580,53 +551,58 @@ def report(figures, results, args):
 
 
 def verdict(figures, args):
-    """Return in words whether DDP is faster and, if not, what would help."""
+    """Return in words whether DDP is faster, and compared with what."""
     speedup, (lowest, highest) = figures["speedup"], figures["speedup_range"]
     how = "DDP makes no clear difference"
-    if len(figures["ddp"]) <= 2:
+    if args.epochs <= 2:
         how = "Too few epochs to tell"
     elif lowest > 1 and speedup > 1.1 and args.world_size > 1:
         how = "DDP is faster"
     elif highest < 1 and speedup < 0.9:
         how = "DDP is slower"
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
-    used = "one GPU" if gpus else f"{args.threads} of {args.cores} cores"
+    used = f"{args.threads} of {args.cores} cores"
+    if torch.cuda.is_available():
+        used = "one GPU"
     text = f"{how}: {speedup:.2f} times the speed of normal training ({lowest:.2f} to"
     text += f" {highest:.2f} per epoch), where {args.world_size} would be ideal. Normal"
-    text += f" training used {used}, and batches of {args.batch_size}."
-    if args.world_size == 1:
-        return f"{text} With one process, DDP cannot be faster."
-    if args.world_size > devices:
-        text += f" {args.world_size} processes share {devices} {kind}: start at most"
-        return f"{text} {devices}."
-    if gpus:
-        size = args.world_size * args.batch_size
-        text += " One GPU may also be faster with larger batches. To see, compare the"
-        text += f" samples/s of --world_size 1 --batch_size {size}."
+    return f"{text} training used {used}, and batches of {args.batch_size}."
+
+
+def advice(figures, args):
+    """Return in words what limits the speed of DDP, and what would help."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
     data, compute, sync = figures["ddp_step_ms"].values()
     by_rank = figures["compute_ms_by_rank"]
     slowest, usual = max(by_rank), median_low(by_rank)
-    # Waiting for the slowest rank counts as sync. If it is over half of it, say so.
+    if args.world_size == 1:
+        return "With one process, DDP cannot be faster."
+    if args.world_size > devices:
+        text = f"{args.world_size} processes share {devices} {kind}: start at most"
+        return f"{text} {devices}."
+    text = ""
+    if gpus:
+        text = "One GPU may also be faster with larger batches. To see, compare the"
+        text += " samples/s of --world_size 1 --batch_size"
+        text += f" {args.world_size * args.batch_size}. "
+    # Waiting for the slowest rank counts as sync. If it is over half of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
-        text += f" Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times"
-        return f"{text} as long as a typical rank, and the others wait for it."
+        text += f"Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times as"
+        return f"{text} long as a typical rank, and the others wait for it."
     if data > max(compute, sync):
         workers = args.num_workers + 2
-        return f"{text} Loading data takes longest: try --num_workers {workers}."
+        return f"{text}Loading data takes longest: try --num_workers {workers}."
     if sync < 0.2 * (data + compute + sync):
-        return f"{text} The largest part of a step is computing, as it should be."
+        return f"{text}The largest part of a step is computing, as it should be."
     # With n times the batches in a step, all but sync takes n times as long.
     normal_ms, accum = figures["normal_step_ms"], args.grad_accum_steps
     gains = {n: n * normal_ms / (n * (data + compute) + sync) for n in (2, 4, 8)}
-    if gains[8] < 1.1:
-        return f"{text} There is too little work to share: use a larger model or batch."
-    text += " Averaging gradients takes much of a step. The speedup would be about"
+    if gains[8] < 1.1:  # even if gradients are averaged less often
+        return f"{text}There is too little work to share: use a larger model or batch."
+    text += "Averaging gradients takes much of a step. The speedup would be about"
     text += f" {gains[2]:.1f} with --grad_accum_steps {2 * accum}, and {gains[4]:.1f}"
-    text += (
-        f" with {4 * accum}. Both enlarge the global batch, so mind the learning rate."
-    )
-    return text
+    text += f" with {4 * accum}. Both enlarge the global batch"
+    return f"{text}, so mind the learning rate."
 
 
 def print_wrapped(text):
@@ -636,9 +612,10 @@ def print_wrapped(text):
 # ---- Part 5: flags, helpers and guards. ----
 
 
-def parse_flags(parser):
+def parse_flags(parser, *more_numbers):
     """Add the common flags, and return all arguments."""
     numbers = [  # with their defaults and smallest values
+        *more_numbers,
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
@@ -663,22 +640,21 @@ def parse_flags(parser):
     args = parser.parse_args()
     for flag, _, smallest, _ in numbers:
         if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
-            parser.error(f"{flag} must be a number from {smallest}")
-    name, ending = os.path.splitext(os.path.basename(args.definitions or "none.py"))
-    is_file = args.definitions is None or os.path.isfile(args.definitions)
-    if not is_file or ending != ".py" or "." in name:
-        parser.error(f"--definitions {args.definitions}: there is no such file NAME.py")
+            parser.error(f"{flag} must be finite, and at least {smallest}")
+    if args.definitions:
+        name, ending = os.path.splitext(os.path.basename(args.definitions))
+        if not os.path.isfile(args.definitions) or ending != ".py" or "." in name:
+            parser.error(f"{args.definitions} is not a file with a name like mine.py")
     return args
 
 
 def parse_args():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    help = "number of processes (default: one per GPU or, without GPUs, 2)"
-    parser.add_argument("--world_size", type=int, default=gpus or 2, help=help)
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-    args = parse_flags(parser)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    help = "number of processes: one per GPU or, without GPUs, 2"
+    args = parse_flags(parser, ("--world_size", gpus or 2, 1, help))
     env_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
     try:
         load_dotenv(env_file)
@@ -686,10 +662,7 @@ def parse_args():
         parser.error(f"{env_file}: {reason}")
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     args.cores = len(affinity(0))  # on Linux, those that this process may use
-    args.threads = max(1, args.cores // max(1, args.world_size))
-    most = max(16, args.cores, gpus)
-    if not 1 <= args.world_size <= most:
-        parser.error(f"--world_size must be from 1 to {most}")
+    args.threads = max(1, args.cores // args.world_size)
     return args
 
 
@@ -731,7 +704,7 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Return a GPU for this process, or the CPU. With gloo, processes can share it."""
+    """Return this process's device. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
@@ -742,13 +715,6 @@ def choose_device(args, local_rank):
     if gpus:
         torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
     return device
-
-
-def make_autocast(args, device):
-    """Return a context in which PyTorch computes in --precision where that is safe."""
-    if args.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, args.precision))
 
 
 def to_device(batch, device, **options):
@@ -812,15 +778,20 @@ def open_store():
         print(f"ddp.py: error: {problem}", file=sys.stderr)
         sys.exit(2)
     host, port = server.getsockname()
-    # (libuv, the default, cannot take a socket in PyTorch 2.6.)
-    given = {"master_listen_fd": server.detach(), "use_libuv": False}
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, **given)
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+        use_libuv=False,  # libuv, the default, cannot take a socket in PyTorch 2.6
+    )
 
 
 def launch(function, arguments, num_processes):
     """Run mp.spawn. End with code 130 after Ctrl-C, or with a failed process's code."""
     try:
-        # The new processes inherit that Ctrl-C is ignored: this one ends them.
+        # The new processes inherit this, and ignore Ctrl-C. This one ends them.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         processes = mp.spawn(function, arguments, num_processes, join=False)
         signal.signal(signal.SIGINT, handler)
@@ -843,7 +814,7 @@ def compare_data(dataset, args):
     """Stop if the ranks' datasets differ in length; warn if some samples differ."""
     length, lengths = len(dataset), gather_from_all(len(dataset))
     if len(set(lengths)) > 1:
-        stop(f"the ranks have {lengths} samples. README: Different data")
+        stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
     seed_everything(args.seed)  # so that all ranks draw the same augmentation
@@ -853,14 +824,14 @@ def compare_data(dataset, args):
     file = io.BytesIO()
     # copy=True, because torch.save saves the whole tensor that a view belongs to
     torch.save(to_device(batch, "cpu", copy=True), file)
-    warning = "the ranks read different samples. README: Different data"
+    warning = 'the ranks read different samples: see "Different data" in the README'
     warn_unless_same(zlib.crc32(file.getvalue()), warning)
 
 
 def compare_weights(model):
     """Return whether all ranks have the same weights. If not, print a warning."""
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
-    warning = "the ranks' weights differ. README: Different weights"
+    warning = 'the weights of the ranks differ: see "Different weights" in the README'
     return warn_unless_same(norms, warning)
 
 
@@ -873,7 +844,7 @@ def stop(reason):
 
 
 def prepare_process(rank, args):
-    """Make this process what torchrun would make it, and guard it."""
+    """Set up this process as torchrun would, and guard it."""
     guard_process(args)
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
@@ -901,10 +872,7 @@ def guard_process(args):
 
 
 def leave_group():
-    """Leave the process group. For DDP, the last line would be enough.
-
-    Without the others, Gloo can abort or hang in it: pytorch issue 190489.
-    """
+    """Leave the process group. Gloo could otherwise abort: pytorch issue 190489."""
     gc.collect()  # frees the DDP model, which keeps the group alive
     time.sleep(0.1)  # a thread of Gloo may still be freeing the last message
     dist.destroy_process_group()

@@ -1,25 +1,19 @@
-r"""Train a model with DistributedDataParallel (DDP), on one machine or on several.
+"""Train a model with DistributedDataParallel (DDP), on one machine or on several.
 
 torchrun starts this script several times: with "auto", once per GPU (or per core, if
-there is no GPU).
+there is no GPU). The README has the command for several machines.
 
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
-For two machines with 8 GPUs each, run this on both. 10.0.0.1 is one of them:
-
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \
-        --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=1 torchrun_ddp.py
-
-Part 1 defines the data and the model. To train your own, edit it, or write your
-versions of these definitions to a file and pass it with --definitions FILE.
-Part 2 trains. The comments "DDP 1" to "DDP 9" mark the main things that a script for
-one GPU does not need. Part 3 saves and resumes. Part 4 has flags, helpers, and guards
-against rare failures. DDP works without the guards.
+Part 1 defines the data and the model: edit it, or write your versions to a file that
+you pass with --definitions. Part 2 trains. The comments "DDP 1" to "DDP 9" mark what a
+script for one GPU does not need. Part 3 saves and resumes. Part 4 has flags, helpers,
+and guards against rare failures. DDP works without the guards.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1,
 and a local rank, its number on its own machine. A collective, such as all_reduce, is an
-exchange between all ranks. Every rank has to call it: if one does not, the others wait
-for it until --timeout, and then fail.
+exchange between all ranks. Every rank has to call it: if one does not, the others wait,
+and fail after --timeout seconds.
 """
 
 import argparse
@@ -51,8 +45,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 class MyDataset(Dataset):
     """Random inputs of shape (size,), with random labels 0 and 1."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        seed = 2 * seed if train else 2 * seed + 1  # different data for validation
+    def __init__(self, length, size, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
@@ -81,10 +74,10 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None. All ranks need the same."""
-    length, size, seed = args.dataset_length, args.input_size, args.seed
-    validation_set = MyDataset(max(1, length // 10), size, seed, train=False)
-    return MyDataset(length, size, seed), validation_set
+    """Return a training set, and a validation set or None: the same on all ranks."""
+    length, size = args.dataset_length, args.input_size
+    validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
+    return MyDataset(length, size, seed=args.seed), validation_set
 
 
 def make_model(args):
@@ -94,8 +87,8 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    A sum, as that of correct answers, is divided by the number of items, and printed.
-    Call `model` itself, not one of its methods, or DDP does not notice.
+    Each sum, such as the number of correct answers, is divided by the number of items
+    and printed by name. Call model(...) itself: its other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -104,11 +97,7 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return the number of items (samples, or tokens) that the loss is the mean of.
-
-    If that can be 0, as with padding alone, the loss may be NaN, and gets weight 0. Its
-    gradient has to be finite, as cross_entropy's is.
-    """
+    """Return the number of items (samples, or tokens) that the loss is the mean of."""
     _, labels = batch
     return len(labels)
 
@@ -119,7 +108,7 @@ COUNTS_DIFFER = False
 
 
 def collate(samples):
-    """Make a batch from a list of samples. (__getitems__ has made one already.)"""
+    """Make a batch from a list of samples, unless __getitems__ has made it already."""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -145,17 +134,17 @@ def wrap_in_ddp(model):
 
 @record  # torchrun's error report then includes the exception of the rank that failed
 def main():
-    # DDP 1: launch. torchrun runs this script in every process that it starts. If one
-    # process fails, torchrun ends the others.
+    # DDP 1: launch. torchrun runs this script in several processes. If one of them
+    # fails, torchrun ends the others.
     args = parse_args()
     guard_process(args)
-    # DDP 2: take a device, then join the other processes, which together are called the
-    # process group. They meet at an address that torchrun has put in the environment,
-    # beside RANK, LOCAL_RANK and WORLD_SIZE. The backend moves the data that they
-    # exchange: nccl between GPUs, gloo between CPUs.
-    device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)
+    # DDP 2: take a device, then join the other processes, which together are called the
+    # process group. init_process_group finds out where they meet from the environment,
+    # where torchrun has also set RANK, LOCAL_RANK and WORLD_SIZE. The backend moves the
+    # data that they exchange: nccl between GPUs, gloo between CPUs.
+    device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     if dist.get_rank() == 0:
@@ -172,15 +161,17 @@ class Trainer:
         self.args, self.device = args, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # DDP 3: the same data. With the same seed, all ranks make the same datasets.
+        # One rank of each machine goes first, in case files have to be downloaded.
         seed_everything(args.seed)
         self.dataset, validation_set = make_datasets_in_turn(args)
         compare_data(self.dataset, args)
 
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
-        # parts have the same number of batches, and all batches are full. (What is left
-        # over, less than a batch of each rank, differs from epoch to epoch.) Choose the
-        # learning rate for the global batch: the samples of all ranks in a step.
-        self.global_batch = args.batch_size * args.grad_accum_steps * self.world_size
+        # parts have the same number of full batches. What is left over is not used in
+        # this epoch. Choose the learning rate for the global batch, which is what all
+        # ranks together process in a step.
+        self.batch_of_all_ranks = args.batch_size * self.world_size
+        self.global_batch = self.batch_of_all_ranks * args.grad_accum_steps
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
         )
@@ -193,20 +184,22 @@ class Trainer:
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-        seed_everything(args.seed)
+        seed_everything(args.seed)  # the same weights, however the data was made
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
-        self.first_options = options_of(self.optimizer)  # for part 3: they may change
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
         self.total_steps = args.epochs * steps_per_epoch
         self.scheduler = make_scheduler(self.optimizer, self.total_steps, args)
         use_scaler = args.precision == "float16"  # for gradients too small for float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
-        self.autocast = make_autocast(args, device)
+        dtype = getattr(torch, args.precision)
+        is_low = dtype != torch.float32
+        self.autocast = torch.autocast(device.type, dtype, enabled=is_low)
         self.epochs_done = 0
-        self.samples_done = 0  # in the current epoch, by all ranks together
+        self.batches_done = 0  # by this rank, in the current epoch
+        self.settings = settings_to_keep(self)  # those that a resumed run has to share
         if args.snapshot_path:
-            load_snapshot(self, args.snapshot_path)
+            load_snapshot(self, args.snapshot_path)  # on all ranks
         # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, call
         # ddp_model to train: only then does backward() average the gradients over the
         # ranks. So all ranks take the same step, and keep the same weights.
@@ -218,7 +211,8 @@ class Trainer:
         while self.epochs_done < args.epochs:
             means, samples, seconds = self.train_epoch()
             total_seconds += seconds
-            self.epochs_done, self.samples_done = self.epochs_done + 1, 0
+            self.epochs_done += 1
+            self.batches_done = 0
             if self.rank == 0:  # DDP 6: only rank 0 prints results and saves
                 line = f"epoch {self.epochs_done}/{args.epochs}  {as_text(means)}"
                 print(f"{line}  {samples / seconds:,.2f} samples/s")
@@ -234,42 +228,42 @@ class Trainer:
 
     def train_epoch(self):
         """Train for one epoch. Return its mean metrics, samples and seconds."""
-        args = self.args
+        args, epoch_loader = self.args, self.loader
         # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
         # should differ between epochs and between ranks, too.
         self.sampler.set_epoch(self.epochs_done)
         seed_everything(args.seed + self.epochs_done * self.world_size + self.rank)
-        loader, samples_before = self.loader, self.samples_done
-        if self.samples_done:
-            loader = make_loader_of_the_rest(self)  # resumed inside this epoch: part 3
-        num_steps = math.ceil(len(loader) / args.grad_accum_steps)
-        metrics, steps_done, batches = Metrics(self.device), 0, iter(loader)
+        if self.batches_done:  # resumed inside this epoch: read only what is left of it
+            index_lists = list(self.batch_sampler)[self.batches_done :]
+            epoch_loader = make_loader(self.dataset, index_lists, args)
         self.ddp_model.train()
+        metrics, steps_done = Metrics(self.device), 0
         start = time.perf_counter()
+        batches = iter(epoch_loader)
         while step_batches := list(islice(batches, args.grad_accum_steps)):
             self.train_step(step_batches, metrics)
             steps_done += 1
-            self.samples_done += len(step_batches) * args.batch_size * self.world_size
+            self.batches_done += len(step_batches)
             del step_batches  # frees their memory before the next ones are read
             save_now = args.save_every and steps_done % args.save_every == 0
-            if self.rank == 0 and save_now and steps_done < num_steps:  # see train()
-                save_snapshot(self, args.snapshot_path)
+            if save_now and self.rank == 0 and self.batches_done < len(self.loader):
+                save_snapshot(self, args.snapshot_path)  # train() saves at the end
         means = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
         if not COUNTS_DIFFER:
             warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
             warn_unless_same(metrics.count, warning)
-        return means, self.samples_done - samples_before, seconds
+        return means, len(epoch_loader) * self.batch_of_all_ranks, seconds
 
     def train_step(self, batches, metrics):
         """Take one optimizer step, on these batches and those of the other ranks."""
         args = self.args
-        # Count in CPU memory. Reading a number from a GPU makes the CPU wait for it.
+        # Count before the batches go to the GPU: reading a number from it makes the CPU
+        # wait.
         counts = [float(count_items(batch)) for batch in batches]
-        # The items of this rank. Unless COUNTS_DIFFER, all ranks have as many.
-        divisor = sum(counts)
+        items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
         if COUNTS_DIFFER:
-            divisor = mean_over_ranks(divisor, self.device)  # the same for all ranks
+            items_per_rank = mean_over_ranks(items_per_rank, self.device)
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
             # for all batches but the last. It has to enclose the forward pass, too.
@@ -280,9 +274,10 @@ class Trainer:
                     loss, sums = compute_loss(self.ddp_model, batch)
                 # loss * count is the sum of the batch's losses. backward() adds up the
                 # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
-                # has 30, the divisor is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items.
-                weight = count / divisor if count else 0.0
+                # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
+                # (sum_0 + sum_1) / 40: the mean loss of all items. The loss of no items
+                # can be NaN, but its gradient has to be 0, as that of cross_entropy is.
+                weight = count / items_per_rank if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
         self.scaler.unscale_(self.optimizer)
@@ -299,7 +294,7 @@ class Trainer:
         # Buffers, such as BatchNorm's statistics, differ between ranks. All ranks take
         # those of rank 0, which are also the ones that are saved.
         for buffer in self.model.buffers():
-            values = buffer.contiguous()  # broadcast needs that
+            values = buffer.contiguous()  # broadcast needs contiguous memory
             dist.broadcast(values, 0)
             buffer.copy_(values)
         metrics = Metrics(self.device)
@@ -324,9 +319,9 @@ class Metrics:
 
     @torch.no_grad()
     def add(self, mean_loss, sums, count):
-        if count:  # without items, the mean is NaN
+        if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = self.zero.add(mean_loss, alpha=count)  # mean_loss * count
+            loss_sum = mean_loss.double() * count
             for name, value in {"loss": loss_sum, **sums}.items():
                 # To read a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
@@ -359,8 +354,8 @@ def save_snapshot(trainer, path):
         "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
         "scaler": trainer.scaler.state_dict(),
         "epochs_done": trainer.epochs_done,
-        "samples_done": trainer.samples_done,
-        "settings": settings_to_keep(trainer),
+        "samples_done": trainer.batches_done * trainer.batch_of_all_ranks,
+        "settings": trainer.settings,
         "global_batch": trainer.global_batch,
     }
     # After a crash, there is always a complete file, either the old or the new one.
@@ -376,7 +371,8 @@ def save_snapshot(trainer, path):
 
 def load_snapshot(trainer, path):
     """Resume from the snapshot, if there is one. All ranks have to call this."""
-    problem, trainer.last_saved = "", None
+    problem = ""
+    trainer.last_saved = None
     try:
         if trainer.rank == 0:  # if it cannot be written, fail now
             open(path + ".tmp", "ab").close()
@@ -390,13 +386,13 @@ def load_snapshot(trainer, path):
     problems = [text for text in gather_from_all(problem) if text]
     if problems:
         stop(problems[0])
-    if len(set(gather_from_all((trainer.epochs_done, trainer.samples_done)))) > 1:
+    if len(set(gather_from_all((trainer.epochs_done, trainer.batches_done)))) > 1:
         stop(f"{path} is not the same on all machines: use a shared folder")
 
 
 def restore(trainer, snapshot):
     """Set the state of the trainer. Raises ValueError if its settings have changed."""
-    old, new = snapshot["settings"], settings_to_keep(trainer)
+    old, new = snapshot["settings"], trainer.settings
     changed = [name for name in old if old[name] != new.get(name, old[name])]
     if changed:
         changes = [f"{name} was {old[name]}, now {new[name]}" for name in changed]
@@ -405,63 +401,43 @@ def restore(trainer, snapshot):
         if snapshot[name]:  # a scaler has no state without float16
             getattr(trainer, name).load_state_dict(snapshot[name])
     trainer.epochs_done = snapshot["epochs_done"]
-    # Round down to whole batches of all ranks, as their number may have changed: this
-    # repeats some samples, but skips none. Leave at least one batch to train on.
-    samples_per_batch = trainer.args.batch_size * trainer.world_size
-    batches_done = snapshot["samples_done"] // samples_per_batch
-    batches_done = min(batches_done, len(trainer.loader) - 1)
-    trainer.samples_done = batches_done * samples_per_batch
+    # Round down: if the number of ranks has changed, a batch may be done in part. Leave
+    # at least one batch.
+    batches_done = snapshot["samples_done"] // trainer.batch_of_all_ranks
+    trainer.batches_done = min(batches_done, len(trainer.loader) - 1)
     if trainer.rank == 0:
-        done = f"{trainer.epochs_done} epochs and {trainer.samples_done} samples"
-        print(f"{trainer.args.snapshot_path}: resuming after {done}")
+        samples = trainer.batches_done * trainer.batch_of_all_ranks
+        print(f"resuming after {trainer.epochs_done} epochs and {samples} samples")
         if snapshot["global_batch"] != trainer.global_batch:
             change = f"{snapshot['global_batch']} to {trainer.global_batch}"
             print(f"The global batch changes from {change}: mind the learning rate")
 
 
-def make_loader_of_the_rest(trainer):
-    """Return a loader of what is left of an epoch.
-
-    All ranks take samples in turn from one shuffled order, of which the first
-    samples_done are done, whatever the number of ranks was before.
-    """
-    batches_done = trainer.samples_done // (
-        trainer.args.batch_size * trainer.world_size
-    )
-    index_lists = list(trainer.batch_sampler)[batches_done:]
-    return make_loader(trainer.dataset, index_lists, trainer.args)
-
-
 def settings_to_keep(trainer):
-    """Return, by name, what has to be the same when a run is resumed."""
-    settings = {"length of the dataset": len(trainer.dataset), **trainer.first_options}
+    """Return, by name, what has to be the same when a run is resumed.
+
+    That includes the options that make_optimizer has set: loading a snapshot replaces
+    them, so it would silently undo your edits.
+    """
+    settings = {"length of the dataset": len(trainer.dataset)}
     for name in ("input_size", "seed", "max_grad_norm"):
         settings[name] = getattr(trainer.args, name)
     has_scheduler = trainer.scheduler is not None
     settings["steps of the scheduler"] = trainer.total_steps if has_scheduler else None
+    settings["optimizer"] = type(trainer.optimizer).__name__
+    for number, group in enumerate(trainer.optimizer.param_groups):
+        for name in sorted(group.keys() - {"params"}):
+            settings[f"{name} of parameter group {number}"] = str(group[name])
     return settings
-
-
-def options_of(optimizer):
-    """Return the options of an optimizer, by name, as make_optimizer has set them.
-
-    Loading a snapshot replaces the options, so it would silently undo your edits.
-    """
-    options = {"optimizer": type(optimizer).__name__}
-    only_speed = ("params", "fused", "foreach", "capturable", "differentiable")
-    for number, group in enumerate(optimizer.param_groups):
-        for name, value in group.items():
-            if name not in only_speed:
-                options[f"{name} of parameter group {number}"] = str(value)
-    return options
 
 
 # ---- Part 4: flags, helpers and guards. ----
 
 
-def parse_flags(parser):
+def parse_flags(parser, *more_numbers):
     """Add the common flags, and return all arguments."""
     numbers = [  # with their defaults and smallest values
+        *more_numbers,
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
@@ -486,32 +462,30 @@ def parse_flags(parser):
     args = parser.parse_args()
     for flag, _, smallest, _ in numbers:
         if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
-            parser.error(f"{flag} must be a number from {smallest}")
-    name, ending = os.path.splitext(os.path.basename(args.definitions or "none.py"))
-    is_file = args.definitions is None or os.path.isfile(args.definitions)
-    if not is_file or ending != ".py" or "." in name:
-        parser.error(f"--definitions {args.definitions}: there is no such file NAME.py")
+            parser.error(f"{flag} must be finite, and at least {smallest}")
+    if args.definitions:
+        name, ending = os.path.splitext(os.path.basename(args.definitions))
+        if not os.path.isfile(args.definitions) or ending != ".py" or "." in name:
+            parser.error(f"{args.definitions} is not a file with a name like mine.py")
     return args
 
 
 def parse_args():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    add = parser.add_argument
     help = "save to FILE after every epoch, and resume from it if it exists"
-    add("--snapshot_path", metavar="FILE", help=help)
-    help = "also save after every N steps of an epoch"
-    add("--save_every", type=int, default=0, metavar="N", help=help)
-    args, env = parse_flags(parser), os.environ
+    parser.add_argument("--snapshot_path", metavar="FILE", help=help)
+    args = parse_flags(parser, ("--save_every", 0, 0, "also save after every N steps"))
+    env = os.environ
     if "LOCAL_RANK" not in env:
         parser.error("start this script with torchrun, as --help shows")
-    if args.save_every < 0 or (args.save_every and not args.snapshot_path):
-        parser.error("--save_every needs --snapshot_path, and a number from 1")
+    if args.save_every and not args.snapshot_path:
+        parser.error("--save_every needs --snapshot_path")
     # By default, torchrun's store keeps addresses of dead ranks when it restarts ranks.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"
-        parser.error(f"torchrun --max_restarts needs {needs}. README: Long runs")
+        parser.error(f"torchrun --max_restarts needs {needs}: see the README")
     return args
 
 
@@ -553,7 +527,7 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Return a GPU for this process, or the CPU. With gloo, processes can share it."""
+    """Return this process's device. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
@@ -564,13 +538,6 @@ def choose_device(args, local_rank):
     if gpus:
         torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
     return device
-
-
-def make_autocast(args, device):
-    """Return a context in which PyTorch computes in --precision where that is safe."""
-    if args.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, args.precision))
 
 
 def to_device(batch, device, **options):
@@ -637,7 +604,7 @@ def compare_data(dataset, args):
     """Stop if the ranks' datasets differ in length; warn if some samples differ."""
     length, lengths = len(dataset), gather_from_all(len(dataset))
     if len(set(lengths)) > 1:
-        stop(f"the ranks have {lengths} samples. README: Different data")
+        stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
     seed_everything(args.seed)  # so that all ranks draw the same augmentation
@@ -647,14 +614,14 @@ def compare_data(dataset, args):
     file = io.BytesIO()
     # copy=True, because torch.save saves the whole tensor that a view belongs to
     torch.save(to_device(batch, "cpu", copy=True), file)
-    warning = "the ranks read different samples. README: Different data"
+    warning = 'the ranks read different samples: see "Different data" in the README'
     warn_unless_same(zlib.crc32(file.getvalue()), warning)
 
 
 def compare_weights(model):
     """Return whether all ranks have the same weights. If not, print a warning."""
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
-    warning = "the ranks' weights differ. README: Different weights"
+    warning = 'the weights of the ranks differ: see "Different weights" in the README'
     return warn_unless_same(norms, warning)
 
 
@@ -683,10 +650,7 @@ def guard_process(args):
 
 
 def leave_group():
-    """Leave the process group. For DDP, the last line would be enough.
-
-    Without the others, Gloo can abort or hang in it: pytorch issue 190489.
-    """
+    """Leave the process group. Gloo could otherwise abort: pytorch issue 190489."""
     gc.collect()  # frees the DDP model, which keeps the group alive
     time.sleep(0.1)  # a thread of Gloo may still be freeing the last message
     dist.destroy_process_group()

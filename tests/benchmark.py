@@ -103,7 +103,7 @@ def ours(dataset, model, batch_size):
     trainer = torchrun_ddp.Trainer(torchrun_ddp.parse_args(), torch.device("cpu"))
     while True:
         means = trainer.train_epoch()[0]
-        trainer.epochs_done, trainer.samples_done = trainer.epochs_done + 1, 0
+        trainer.epochs_done, trainer.batches_done = trainer.epochs_done + 1, 0
         yield means["loss"], means["accuracy"]
 
 

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset, default_collate
 class Images(Dataset):
     """An ordinary dataset of single samples. The brighter half is the label."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        self.length, self.seed = length, 2 * seed + (1 if train else 0)
+    def __init__(self, length, size, seed=0):
+        self.length, self.seed = length, seed
 
     def __len__(self):
         return self.length
@@ -234,8 +234,8 @@ class Texts(Dataset):
 
     length = None  # pad to this
 
-    def __init__(self, length, size, seed=0, train=True):
-        choose = random.Random(2 * seed + (1 if train else 0))
+    def __init__(self, length, size, seed=0):
+        choose = random.Random(seed)
         numbers = [choose.randint(3, 20) for _ in range(length)]
         self.texts = [[choose.randint(1, 49) for _ in range(n)] for n in numbers]
 
@@ -322,8 +322,8 @@ def token_count(batch):
 class Nested(Dataset):
     """Samples that are nested, with a string inside."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        self.images = Images(length, size, seed, train)
+    def __init__(self, length, size, seed=0):
+        self.images = Images(length, size, seed)
 
     def __len__(self):
         return len(self.images)
@@ -344,8 +344,8 @@ def nested_loss(model, batch):
 class Answers(Dataset):
     """For a regression: the answer is the sum of the first three numbers."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
+    def __init__(self, length, size, seed=0):
+        generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(length, 5, generator=generator)
 
     def __len__(self):
@@ -510,11 +510,11 @@ class FailingModel(nn.Linear):
 class Samples(Dataset):
     """Random inputs and labels, one by one; a base for the datasets below."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
+    def __init__(self, length, size, seed=0):
+        generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(length, size, generator=generator)
         self.labels = torch.randint(2, (length,), generator=generator)
-        self.train = train
+        self.use = "validation" if seed else "samples"
 
     def __len__(self):
         return len(self.labels)
@@ -537,7 +537,7 @@ class RecordedSamples(Samples):
     who = ""
 
     def __getitem__(self, index):
-        use = "samples" if self.train else "validation"
+        use = self.use
         with open(f"{self.who}{use} of rank {os.environ['RANK']}", "a") as file:
             file.write(f"{index} {self.inputs.sum().item()}\n")
         return super().__getitem__(index)
@@ -554,8 +554,8 @@ class ChangedSamples(RecordedSamples):
 class UnseededImages(TorchAugmented):
     """A mistake: each rank has other data."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        super().__init__(length, size, seed + dist.get_rank(), train)
+    def __init__(self, length, size, seed=0):
+        super().__init__(length, size, seed + dist.get_rank())
 
 
 class NoDDP(nn.Module):
@@ -689,27 +689,6 @@ def wrap_unused(model):
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-class Observed(nn.Module):
-    """With quantisation observers: their buffers change their shape when first used."""
-
-    def __init__(self, input_size):
-        super().__init__()
-        self.linear = nn.Linear(64, 2)
-        for name in ("lowest", "highest"):
-            self.register_buffer(name, torch.tensor([]))
-
-    def forward(self, images):
-        flat = images.flatten(1)
-        low, high = flat.detach().aminmax(dim=0)
-        if self.lowest.numel() == 0:
-            for buffer, values in ((self.lowest, low), (self.highest, high)):
-                buffer.resize_(values.shape)
-                buffer.copy_(values)
-        self.lowest.copy_(torch.minimum(low, self.lowest))
-        self.highest.copy_(torch.maximum(high, self.highest))
-        return self.linear(flat.clamp(self.lowest, self.highest))
-
-
 class TurnedBuffer(CNN):
     """A buffer that is not contiguous, and differs between ranks after the first step."""
 
@@ -790,15 +769,15 @@ class ClassesFromSet(Images):
 class Unseeded(Samples):
     """A mistake: each process draws other data."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        super().__init__(length, size, random.SystemRandom().randrange(2**40), train)
+    def __init__(self, length, size, seed=0):
+        super().__init__(length, size, random.SystemRandom().randrange(2**40))
 
 
 class Unequal(Samples):
     """A mistake: each rank has a dataset of another length."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        super().__init__(length + 100 * dist.get_rank() * train, size, seed, train)
+    def __init__(self, length, size, seed=0):
+        super().__init__(length + 100 * dist.get_rank(), size, seed)
 
 
 class PastTheWrapper(CNN):
@@ -859,8 +838,8 @@ def groups(model, args):
 class PartlyLabelled(Dataset):
     """Pairs of 12 tokens and targets. A third of the texts has no target at all."""
 
-    def __init__(self, length, size, seed=0, train=True):
-        generator = torch.Generator().manual_seed(2 * seed + (1 if train else 0))
+    def __init__(self, length, size, seed=0):
+        generator = torch.Generator().manual_seed(seed)
         self.tokens = torch.randint(50, (length, 12), generator=generator)
         hidden = torch.rand(length, 12, generator=generator) < 0.5
         hidden[::3] = True

@@ -4,8 +4,10 @@ import pytest
 from conftest import SCRIPTS, epoch_lines
 from models import CNN_JOB, JOBS
 
-DATA = "WARNING: the ranks read different samples. README: Different data"
-WEIGHTS = "WARNING: the ranks' weights differ. README: Different weights"
+DATA = 'WARNING: the ranks read different samples: see "Different data" in the README'
+WEIGHTS = (
+    'WARNING: the weights of the ranks differ: see "Different weights" in the README'
+)
 COUNTS = "WARNING: count_items differs between ranks: set COUNTS_DIFFER = True"
 MISTAKES = {
     "classes from a set": ({**CNN_JOB, "MyDataset": "ClassesFromSet"}, DATA),
@@ -54,7 +56,7 @@ def test_augmentation_is_not(results, run, name):
 
 def test_unequal_lengths_end_all(finish, define):
     run = finish(SCRIPTS["torchrun"], define({"MyDataset": "Unequal"}), code=1)
-    assert "the ranks have [20000, 20100] samples. README: Different data" in run.stderr
+    assert 'the ranks have [20000, 20100] samples: see "Different data"' in run.stderr
     assert not epoch_lines(run.stdout) and "SIGABRT" not in run.stderr
     assert run.stderr.count("Traceback") == 1  # torchrun's own
 

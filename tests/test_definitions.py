@@ -20,7 +20,7 @@ class MyModel(nn.Sequential):
         super().__init__(nn.Linear(input_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
 
 class MyDataset(torch.utils.data.Dataset):
-    def __init__(self, length, size, seed=0, train=True):
+    def __init__(self, length, size, seed=0):
         self.length, self.size = length, size
     def __len__(self):
         return self.length

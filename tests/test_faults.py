@@ -121,8 +121,8 @@ def test_restarts_with_a_store_of_their_own(start):
     run = start([*TORCHRUN, *launch.split()], flags, own_store)
     run.wait_until(lambda: len(epoch_lines(run.stdout)) >= 2)
     run.ranks()[1].kill()
-    run.wait_for(": resuming after ")
-    run.wait_until(lambda: "\nepoch " in run.stdout.partition(": resuming")[2])
+    run.wait_for("resuming after ")
+    run.wait_until(lambda: "\nepoch " in run.stdout.partition("resuming")[2])
     run.ranks()[1].kill()
     assert run.wait(30) == 1 and run.all_gone()
     assert "SIGKILL" in run.stderr

@@ -151,7 +151,7 @@ def test_the_world_size_may_change(results):
     """From 2 to 3 inside an epoch: less than a global batch is read twice."""
     resumes, batch, *epochs = results[3]["more ranks"]
     # Saved after 14 of 375 steps, of 8 samples. Rounded down to 9 batches of 12.
-    assert resumes == "ranks.pt: resuming after 0 epochs and 108 samples"
+    assert resumes == "resuming after 0 epochs and 108 samples"
     assert batch == "The global batch changes from 8 to 12: mind the learning rate"
     assert len(epoch_lines("\n".join(epochs))) == 2
     snapshot = load(results["folder"] / "ranks.pt")
@@ -195,7 +195,7 @@ def test_a_schedule_goes_on_only_if_it_has_as_many_steps(results, name):
     assert "length of the dataset was 200, now 204; steps of the scheduler" in grown
     whole, _ = results[2][f"{name}, whole"]
     rates, lines = results[1][f"{name}, resumed"]
-    assert lines[0] == f"{name}.pt: resuming after 2 epochs and 56 samples"
+    assert lines[0] == "resuming after 2 epochs and 56 samples"
     assert len(whole) == 300 and rates == pytest.approx(whole[114:], rel=1e-9)
 
 
@@ -208,17 +208,17 @@ def test_an_edited_optimizer_is_refused(results):
 def test_a_kill_during_validation_loses_no_step(results):
     assert "epoch 1/2" in results[2]["in validation"][-1]
     resumes, epoch, *_ = results[2]["after validation"]
-    assert resumes == "validation.pt: resuming after 1 epochs and 0 samples"
+    assert resumes == "resuming after 1 epochs and 0 samples"
     assert epoch.startswith("epoch 2/2")
 
 
 def test_all_that_a_step_needs_is_resumed(results):
     """BatchNorm, clipping, groups, a schedule, float16's scale, which overflows reduce."""
     resumes = results[2]["all, resumed"][0]
-    assert resumes == "stopped.pt: resuming after 3 epochs and 224 samples"
+    assert resumes == "resuming after 3 epochs and 224 samples"
     whole = load(results["folder"] / "whole.pt")
     assert len(whole["optimizer"]["param_groups"]) == 2
-    assert 1 <= whole["scaler"]["scale"] < 2**15
+    assert 0 < whole["scaler"]["scale"] < 2**15
     assert whole["scheduler"]["last_epoch"] == 7 * 18  # steps
     assert whole["model"]["1.num_batches_tracked"] == 7 * 18
     assert_same_end(results["folder"] / "stopped.pt", whole)

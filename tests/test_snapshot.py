@@ -44,7 +44,7 @@ def trained(**flags):
     trainer = untrained(**flags)
     batch = trainer.dataset[:4]
     trainer.train_step([batch], torchrun_ddp.Metrics(trainer.device))
-    trainer.epochs_done, trainer.samples_done, trainer.last_saved = 2, 12, None
+    trainer.epochs_done, trainer.batches_done, trainer.last_saved = 2, 3, None
     return trainer
 
 
@@ -79,7 +79,7 @@ def test_what_is_saved_is_loaded(path):
     assert load(path)["model"].keys() == torchrun_ddp.MyModel(5).state_dict().keys()
     # These may change.
     other = untrained(snapshot_path=path, epochs=9, precision="bfloat16")
-    assert (other.epochs_done, other.samples_done) == (2, 12)
+    assert (other.epochs_done, other.batches_done) == (2, 3)
     assert same(other.model.state_dict(), one.model.state_dict())
     assert same(other.optimizer.state_dict(), one.optimizer.state_dict())
     torchrun_ddp.save_snapshot(other, path)
@@ -88,7 +88,7 @@ def test_what_is_saved_is_loaded(path):
 
 def test_without_a_file_training_starts(path):
     trainer = untrained(snapshot_path=path)
-    assert (trainer.epochs_done, trainer.samples_done) == (0, 0)
+    assert (trainer.epochs_done, trainer.batches_done) == (0, 0)
 
 
 @pytest.mark.parametrize("before", ["float16", "float32"])
@@ -140,7 +140,7 @@ def test_an_edited_optimizer_is_refused_and_named(path, capfd, monkeypatch):
 def test_another_global_batch_is_only_mentioned(path, capfd):
     saved(path)
     trainer = untrained(snapshot_path=path, batch_size=8)
-    assert trainer.samples_done == 8  # rounded down to whole batches
+    assert trainer.batches_done == 1  # of 12 samples, rounded down
     says = "The global batch changes from 4 to 8: mind the learning rate"
     assert says in capfd.readouterr().out
     untrained(snapshot_path=path, batch_size=2, grad_accum_steps=2)

@@ -32,7 +32,6 @@ SLOW["new_tensor"] = {"compute_loss": "makes_a_tensor"}
 ODD = {
     "sparse": dict(TEXT_JOB, MyModel="Sparse", make_optimizer="sgd"),
     "experts": {**CNN_JOB, "MyModel": "Experts", "wrap_in_ddp": "wrap_unused"},
-    "observers": {**CNN_JOB, "MyModel": "Observed"},
     "turned buffer": {**CNN_JOB, "MyModel": "TurnedBuffer"},
     "BatchNorm": {**CNN_JOB, "MyModel": "ConvBiasNorm"},
     "teacher": {**CNN_JOB, "MyModel": "TeacherCNN"},

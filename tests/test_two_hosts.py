@@ -100,7 +100,7 @@ def test_a_killed_worker_and_a_cut_cable(hosts, start_pair, folder, reference):
     """The cable is cut for longer than --timeout."""
     pair = start_pair()
     rank(pair[1]).kill()
-    pair[0].wait_for(": resuming after")
+    pair[0].wait_for("resuming after")
     ip(f"-n {hosts[0]} link set cable down")
     time.sleep(8)
     ip(f"-n {hosts[0]} link set cable up")
@@ -115,7 +115,7 @@ def test_the_second_hosts_torchrun_is_killed(launch, start_pair, folder, referen
     assert pair[1].all_gone()
     pair[1] = launch(1)
     assert_finished(pair, folder, reference)
-    assert ": resuming after" in pair[0].stdout
+    assert "resuming after" in pair[0].stdout
 
 
 @pytest.mark.slow
@@ -135,11 +135,11 @@ def test_a_host_joins_a_running_training_and_leaves_it(launch, folder):
     first = launch(0, nnodes="1:2", flags=endless)
     wait_for_mid_epoch(first, folder / "snapshot.pt")
     second = launch(1, nnodes="1:2", flags=endless)
-    together = r"world size 2 on.*\n.*: resuming after.*\n(.*\n)*epoch (.*\n)*"
+    together = r"world size 2 on.*\nresuming after.*\n(.*\n)*epoch (.*\n)*"
     either = first, second
     first.wait_until(lambda: any(re.search(together, run.stdout) for run in either))
     last = first.stdout
     second.process.kill()
     assert second.all_gone()
-    alone = r"world size 1 on.*\n.*: resuming after.*\n(.*\n)*epoch "
+    alone = r"world size 1 on.*\nresuming after.*\n(.*\n)*epoch "
     first.wait_until(lambda: re.search(alone, first.stdout[len(last) :]), 100)
