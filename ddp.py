@@ -6,8 +6,9 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
-with DDP, on the same samples in each step. For several machines, and for real training,
-use torchrun_ddp.py.
+with DDP. In each step, both ways take the same samples: a step of normal training takes
+the batches of all processes, one after the other. For several machines, and for real
+training, use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (Your copy of torchrun_ddp.py is such a file, too.) Part 2
@@ -86,7 +87,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None: the same on all ranks."""
+    """Return a training set and a validation set (or None): on all ranks, the same."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -100,7 +101,8 @@ def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
     Each sum, such as the number of correct answers, is divided by the number of items
-    and printed by name. Call model(...) itself: its other methods bypass DDP.
+    and printed by name. Call model(...) itself: its other methods bypass DDP. For a
+    batch without items, the gradient has to be 0, not NaN. (cross_entropy's is 0.)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -147,7 +149,7 @@ def wrap_in_ddp(model):
 def main():
     args = parse_args()
     store = open_store()  # a small key-value server, by which processes find each other
-    # At the barrier, processes wait for each other, without a time limit.
+    # Where processes wait for each other. Unlike a collective, it has no time limit.
     barrier = mp.get_context("spawn").Barrier(args.world_size)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
@@ -161,13 +163,14 @@ def main():
 def worker(rank, args, barrier, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
+    # DDP 2: take a device, before anything else does, and join the process group, which
+    # is all processes. They meet at the store of main(). The backend moves the data
+    # that they exchange: nccl between GPUs, gloo between CPUs.
+    device = choose_device(args, rank)
     if args.definitions:
         use_definitions(args.definitions)
-    # DDP 2: take a device, then join the other processes, which together are called the
-    # process group. They meet at the store of main(). The backend moves the data that
-    # they exchange: nccl between GPUs, gloo between CPUs.
-    device = choose_device(args, rank)
-    store, limit = dist.TCPStore(host, port), timedelta(seconds=args.timeout)
+    store = dist.TCPStore(host, port)
+    limit = timedelta(seconds=args.timeout)
     dist.init_process_group(
         args.backend, store=store, rank=rank, world_size=args.world_size, timeout=limit
     )
@@ -201,7 +204,7 @@ def compare(args, device, barrier):
     figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    barrier.wait()  # for the report: launch() ends all if one process ends with code 1
+    barrier.wait()  # a rank that ends with code 1 would end rank 0, before it reports
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
@@ -230,7 +233,7 @@ def make_trainers(args, device, barrier):
     if not all(gather_from_all(is_new)):
         stop("make_model has to return a new model in each call")
     if any(isinstance(m, nn.SyncBatchNorm) for m in ddp.model_to_call.modules()):
-        stop("Normal training has one rank, where SyncBatchNorm fails: use BatchNorm")
+        stop("Normal training has no other ranks for SyncBatchNorm: use BatchNorm")
     return ddp, normal
 
 
@@ -239,7 +242,7 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.exchanges = is_ddp  # with other ranks; measure_step turns this off
+        self.averages = is_ddp  # over the ranks; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
@@ -290,7 +293,7 @@ class Trainer:
         batches = iter(self.loader)
         while step_batches := list(islice(batches, self.batches_per_step)):
             self.train_step(step_batches, metrics)
-            del step_batches  # frees their memory before the next ones are read
+            del step_batches  # so that those of two steps are not in memory at once
         means = metrics.means(of_all_ranks=self.is_ddp)  # waits for the GPU
         seconds = time.perf_counter() - start
         if self.is_ddp and not COUNTS_DIFFER:
@@ -305,7 +308,7 @@ class Trainer:
         # wait.
         counts = [float(count_items(batch)) for batch in batches]
         items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
-        if self.exchanges and COUNTS_DIFFER:
+        if self.averages and COUNTS_DIFFER:
             items_per_rank = mean_over_ranks(items_per_rank, self.device)
         self.accumulate_gradients(batches, counts, items_per_rank, metrics)
         self.scaler.unscale_(self.optimizer)
@@ -321,19 +324,19 @@ class Trainer:
     def accumulate_gradients(self, batches, counts, items_per_rank, metrics):
         """Compute the gradients of the mean loss over all items of a step."""
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
-            # for all batches but the last. It has to enclose the forward pass, too.
+            # DDP 5, again: gradients add up, so averaging once is enough, with the last
+            # batch. no_sync() skips it for the others, and has to enclose the forward
+            # pass, too.
             is_last = index == len(batches) - 1
-            averages = is_last and self.exchanges
-            with nullcontext() if averages else self.no_sync():
+            with nullcontext() if is_last and self.averages else self.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
                 # loss * count is the sum of the batch's losses. backward() adds up the
                 # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
                 # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items. The loss of no items
-                # can be NaN, but its gradient has to be 0, as that of cross_entropy is.
+                # (sum_0 + sum_1) / 40: the mean loss of all items. If a batch has none,
+                # it cannot be skipped, because other ranks wait for its backward().
                 weight = count / items_per_rank if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
@@ -350,7 +353,7 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = mean_loss.double() * count
+            loss_sum = (self.zero + mean_loss) * count  # in float64
             for name, value in {"loss": loss_sum, **sums}.items():
                 # To read a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
@@ -382,9 +385,7 @@ def check_gradients(ddp, normal):
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
     # training. So even random augmentation is the same both ways.
     batch = next(iter(ddp.loader))
-    batch = to_device(
-        batch, "cpu", copy=True
-    )  # a view would be sent with all that it views
+    batch = to_device(batch, "cpu", copy=True)  # a view would be sent with its base
     batches = [None] * ddp.num_ranks if ddp.rank == 0 else None
     dist.gather_object(batch, batches)
     found = take_gradients(ddp, [batch])
@@ -422,17 +423,18 @@ def check_gradients(ddp, normal):
 def take_gradients(trainer, batches):
     """Return the gradients of a step, by parameter. The model stays as it was.
 
-    With DDP, `batches` is the batch of this rank, and DDP averages over the ranks. For
-    normal training, it is a batch of each rank: this adds up their gradients, and then
-    divides by their number, as DDP does.
+    For normal training, `batches` has one batch of each rank. With DDP, it has only the
+    batch of this rank, and DDP averages over the ranks. Normal training weights each
+    batch as its rank does, and then takes the mean, as DDP does: so both round alike.
     """
     counts = [float(count_items(batch)) for batch in batches]
     items_per_rank = sum(counts) / len(batches)
     if trainer.is_ddp and COUNTS_DIFFER:
         items_per_rank = mean_over_ranks(items_per_rank, trainer.device)
-    model, metrics = trainer.model, Metrics(trainer.device)  # not needed here
+    model = trainer.model
+    metrics = Metrics(trainer.device)  # not needed here
     state = copy.deepcopy(model.state_dict())
-    # Without float16's scale, the two ways can be compared.
+    # float16's large scale could make gradients infinite.
     scaler, trainer.scaler = trainer.scaler, torch.amp.GradScaler(enabled=False)
     trainer.model_to_call.train()
     for batch, count in zip(batches, counts):
@@ -489,16 +491,16 @@ def median_step_ms(results, num_steps):
 def measure_step(ddp, results):
     """Return the ms that a DDP step needs to read data, to compute, and to synchronise.
 
-    All ranks have to call this. The weights are useless afterwards.
+    All ranks have to call this. It spoils the weights: the ranks train apart.
     """
     whole_ms = median_step_ms(results, ddp.num_steps)
     repeats = [max(2, round(400 / whole_ms))]  # for 0.4 seconds
     dist.broadcast_object_list(repeats, 0)  # all ranks take rank 0's number
     batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
-    # Time steps without reading data, then also without exchanging anything. The
+    # Time steps without reading data, then also without averaging anything. The
     # differences are the parts. (min() keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
-    ddp.exchanges = False
+    ddp.averages = False
     compute_ms = min(time_steps(ddp, batches, repeats[0]), no_data_ms)
     parts = {"data": whole_ms - no_data_ms, "compute": compute_ms}
     parts["sync"] = no_data_ms - compute_ms
@@ -585,7 +587,7 @@ def advice(figures, args):
         text = "One GPU may also be faster with larger batches. To see, compare the"
         text += " samples/s of --world_size 1 --batch_size"
         text += f" {args.world_size * args.batch_size}. "
-    # Waiting for the slowest rank counts as sync. If it is over half of sync, say so.
+    # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
         text += f"Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times as"
         return f"{text} long as a typical rank, and the others wait for it."
@@ -651,15 +653,15 @@ def parse_flags(parser, *more_numbers):
 def parse_args():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    help = "number of processes: one per GPU or, without GPUs, 2"
-    args = parse_flags(parser, ("--world_size", gpus or 2, 1, help))
     env_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
     try:
         load_dotenv(env_file)
     except UnicodeDecodeError as reason:
         parser.error(f"{env_file}: {reason}")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    help = "number of processes: one per GPU or, without GPUs, 2"
+    args = parse_flags(parser, ("--world_size", gpus or 2, 1, help))
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     args.cores = len(affinity(0))  # on Linux, those that this process may use
     args.threads = max(1, args.cores // args.world_size)
@@ -708,8 +710,8 @@ def choose_device(args, local_rank):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
-        problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
-        print(f"{problem}: use --backend gloo, or fewer processes", file=sys.stderr)
+        problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
+        print(f"{problem}. Use --backend gloo, or fewer processes", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:

@@ -6,9 +6,9 @@ there is no GPU). The README has the command for several machines.
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
-you pass with --definitions. Part 2 trains. The comments "DDP 1" to "DDP 9" mark what a
-script for one GPU does not need. Part 3 saves and resumes. Part 4 has flags, helpers,
-and guards against rare failures. DDP works without the guards.
+you pass with --definitions. Part 2 trains. The comments "DDP 1" to "DDP 9" mark the
+main things that a script for one GPU does not need. Part 3 saves and resumes. Part 4
+has flags, helpers, and guards against rare failures. DDP works without the guards.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1,
 and a local rank, its number on its own machine. A collective, such as all_reduce, is an
@@ -74,7 +74,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None: the same on all ranks."""
+    """Return a training set and a validation set (or None): on all ranks, the same."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -88,7 +88,8 @@ def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
     Each sum, such as the number of correct answers, is divided by the number of items
-    and printed by name. Call model(...) itself: its other methods bypass DDP.
+    and printed by name. Call model(...) itself: its other methods bypass DDP. For a
+    batch without items, the gradient has to be 0, not NaN. (cross_entropy's is 0.)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -132,19 +133,19 @@ def wrap_in_ddp(model):
 # ---- Part 2: training. ----
 
 
-@record  # torchrun's error report then includes the exception of the rank that failed
+@record  # so that torchrun's error report shows the exception of the failed rank
 def main():
     # DDP 1: launch. torchrun runs this script in several processes. If one of them
     # fails, torchrun ends the others.
     args = parse_args()
-    guard_process(args)
+    guard_process(args)  # against rare failures: see part 4
+    # DDP 2: take a device, before anything else does, and join the process group, which
+    # is all processes. torchrun has put the address where they meet, RANK, LOCAL_RANK
+    # and WORLD_SIZE into the environment. The backend moves the data that processes
+    # exchange: nccl between GPUs, gloo between CPUs.
+    device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)
-    # DDP 2: take a device, then join the other processes, which together are called the
-    # process group. init_process_group finds out where they meet from the environment,
-    # where torchrun has also set RANK, LOCAL_RANK and WORLD_SIZE. The backend moves the
-    # data that they exchange: nccl between GPUs, gloo between CPUs.
-    device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     if dist.get_rank() == 0:
@@ -184,7 +185,7 @@ class Trainer:
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-        seed_everything(args.seed)  # the same weights, however the data was made
+        seed_everything(args.seed)  # for the same weights in every run
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
@@ -197,6 +198,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, dtype, enabled=is_low)
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
+        self.saved_at = None  # when the snapshot was saved that this run goes on from
         self.settings = settings_to_keep(self)  # those that a resumed run has to share
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -244,7 +246,7 @@ class Trainer:
             self.train_step(step_batches, metrics)
             steps_done += 1
             self.batches_done += len(step_batches)
-            del step_batches  # frees their memory before the next ones are read
+            del step_batches  # so that those of two steps are not in memory at once
             save_now = args.save_every and steps_done % args.save_every == 0
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
                 save_snapshot(self, args.snapshot_path)  # train() saves at the end
@@ -265,8 +267,9 @@ class Trainer:
         if COUNTS_DIFFER:
             items_per_rank = mean_over_ranks(items_per_rank, self.device)
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: averaging once per step is enough. no_sync() leaves it out
-            # for all batches but the last. It has to enclose the forward pass, too.
+            # DDP 5, again: gradients add up, so averaging once is enough, with the last
+            # batch. no_sync() skips it for the others, and has to enclose the forward
+            # pass, too.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
@@ -275,8 +278,8 @@ class Trainer:
                 # loss * count is the sum of the batch's losses. backward() adds up the
                 # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
                 # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items. The loss of no items
-                # can be NaN, but its gradient has to be 0, as that of cross_entropy is.
+                # (sum_0 + sum_1) / 40: the mean loss of all items. If a batch has none,
+                # it cannot be skipped, because other ranks wait for its backward().
                 weight = count / items_per_rank if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
@@ -291,8 +294,8 @@ class Trainer:
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
-        # Buffers, such as BatchNorm's statistics, differ between ranks. All ranks take
-        # those of rank 0, which are also the ones that are saved.
+        # Buffers, such as BatchNorm's statistics, can differ between ranks. All ranks
+        # take those of rank 0, which are also the ones that are saved.
         for buffer in self.model.buffers():
             values = buffer.contiguous()  # broadcast needs contiguous memory
             dist.broadcast(values, 0)
@@ -303,8 +306,8 @@ class Trainer:
             for batch in self.validation_loader:
                 count = float(count_items(batch))
                 batch = to_device(batch, self.device, non_blocking=True)
-                # A call of ddp_model can wait for the other ranks. Some of them may
-                # have fewer batches here, so this calls the model without DDP.
+                # Calling ddp_model can wait for the other ranks, and some of them may
+                # have fewer batches here. So this calls the model without DDP.
                 loss, sums = compute_loss(self.model, batch)
                 metrics.add(loss, sums, count)
         return metrics.means()
@@ -321,7 +324,7 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = mean_loss.double() * count
+            loss_sum = (self.zero + mean_loss) * count  # in float64
             for name, value in {"loss": loss_sum, **sums}.items():
                 # To read a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
@@ -346,8 +349,11 @@ def save_snapshot(trainer, path):
     # If this ends rank 0, torchrun ends the other ranks, too.
     if not all(p.isfinite().all() for p in trainer.model.parameters()):
         sys.exit("the weights are no longer finite, so no snapshot is saved")
-    if os.path.exists(path) and os.path.getmtime(path) != trainer.last_saved:
-        sys.exit(f"another run has saved to {path}, so this one stops")
+    if os.path.exists(path):
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if saved["saved_at"] != trainer.saved_at:
+            sys.exit(f"another run has saved to {path}, so this one stops")
+    trainer.saved_at = time.time()
     snapshot = {
         "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
         "optimizer": trainer.optimizer.state_dict(),
@@ -357,6 +363,7 @@ def save_snapshot(trainer, path):
         "samples_done": trainer.batches_done * trainer.batch_of_all_ranks,
         "settings": trainer.settings,
         "global_batch": trainer.global_batch,
+        "saved_at": trainer.saved_at,
     }
     # After a crash, there is always a complete file, either the old or the new one.
     with open(path + ".tmp", "wb") as file:
@@ -366,18 +373,15 @@ def save_snapshot(trainer, path):
     # Fail now, rather than when resuming, if the file cannot be loaded.
     torch.load(file.name, map_location="cpu", mmap=True, weights_only=True)
     os.replace(file.name, path)
-    trainer.last_saved = os.path.getmtime(path)
 
 
 def load_snapshot(trainer, path):
     """Resume from the snapshot, if there is one. All ranks have to call this."""
     problem = ""
-    trainer.last_saved = None
     try:
         if trainer.rank == 0:  # if it cannot be written, fail now
             open(path + ".tmp", "ab").close()
         if os.path.exists(path):
-            trainer.last_saved = os.path.getmtime(path)
             # weights_only: a snapshot is data, and must not run code.
             restore(trainer, torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
@@ -400,6 +404,7 @@ def restore(trainer, snapshot):
     for name in ("model", "optimizer", "scheduler", "scaler"):
         if snapshot[name]:  # a scaler has no state without float16
             getattr(trainer, name).load_state_dict(snapshot[name])
+    trainer.saved_at = snapshot["saved_at"]
     trainer.epochs_done = snapshot["epochs_done"]
     # Round down: if the number of ranks has changed, a batch may be done in part. Leave
     # at least one batch.
@@ -475,7 +480,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     help = "save to FILE after every epoch, and resume from it if it exists"
     parser.add_argument("--snapshot_path", metavar="FILE", help=help)
-    args = parse_flags(parser, ("--save_every", 0, 0, "also save after every N steps"))
+    args = parse_flags(
+        parser, ("--save_every", 0, 0, "also save every N steps; 0: do not")
+    )
     env = os.environ
     if "LOCAL_RANK" not in env:
         parser.error("start this script with torchrun, as --help shows")
@@ -531,8 +538,8 @@ def choose_device(args, local_rank):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
-        problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
-        print(f"{problem}: use --backend gloo, or fewer processes", file=sys.stderr)
+        problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
+        print(f"{problem}. Use --backend gloo, or fewer processes", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:

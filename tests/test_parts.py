@@ -38,7 +38,7 @@ def test_with_nccl_no_rank_is_without_a_gpu(two_gpus, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         ddp.choose_device(args, 2)
     assert error.value.code == 2
-    says = "--backend nccl needs a GPU for each process, and there are 2: use --backend"
+    says = "--backend nccl needs a GPU for each process. GPUs found: 2. Use --backend"
     assert says in capsys.readouterr().err
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert str(ddp.choose_device(args, 2)) == "cuda:0"
