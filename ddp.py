@@ -279,7 +279,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
         dtype = getattr(torch, args.precision)
         is_low = dtype != torch.float32
-        self.autocast = torch.autocast(device.type, dtype, enabled=is_low)
+        self.autocast = torch.autocast(device.type, dtype) if is_low else nullcontext()
 
     def train_epoch(self, epoch):
         """Train for one epoch. Return its mean metrics, samples and seconds."""
@@ -497,6 +497,8 @@ def measure_step(ddp, results):
     repeats = [max(2, round(400 / whole_ms))]  # for 0.4 seconds
     dist.broadcast_object_list(repeats, 0)  # all ranks take rank 0's number
     batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
+    # Few batches are learnt by heart: gradients get tiny, and CPUs slow, without this.
+    torch.set_flush_denormal(True)
     # Time steps without reading data, then also without averaging anything. The
     # differences are the parts. (min() keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)

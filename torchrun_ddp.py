@@ -195,7 +195,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
         dtype = getattr(torch, args.precision)
         is_low = dtype != torch.float32
-        self.autocast = torch.autocast(device.type, dtype, enabled=is_low)
+        self.autocast = torch.autocast(device.type, dtype) if is_low else nullcontext()
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
         self.saved_at = None  # when the snapshot was saved that this run goes on from
