@@ -6,9 +6,9 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
-with DDP. In each step, both ways take the same samples: a step of normal training takes
-the batches of all processes, one after the other. For several machines, and for real
-training, use torchrun_ddp.py.
+with DDP. In each step, both ways take the same samples: normal training takes as many
+batches as all processes do with DDP, one after the other. For several machines, and for
+real training, use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (Your copy of torchrun_ddp.py is such a file, too.) Part 2
