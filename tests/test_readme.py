@@ -218,10 +218,10 @@ def trained(finish, folder):
         "index = torch.searchsorted(self.sums, torch.rand(()) * self.sums[-1]).item()"
     )
     best = (
-        "best = math.inf",
+        'best = torch.load("best.pt")["loss"] if os.path.exists("best.pt") else math.inf',
         'if means["loss"] < best:',
         'best = means["loss"]',
-        'torch.save(self.model.state_dict(), "best.pt")',
+        'torch.save({"loss": best, "model": self.model.state_dict()}, "best.pt")',
     )
     assert all(f"`{code}`" in README for code in (sums, draw, *best))
     code = f"""
@@ -258,11 +258,15 @@ class MyDataset(Samples):
 def test_recipes(trained, finish, folder):
     """Weighted sampling, the best weights; tokens, accumulation; FSDP2."""
     assert epoch_lines(trained.stdout)[-1]["accuracy"] > 0.95, trained.stdout
-    assert list(load(folder / "best.pt")) == ["0.weight", "0.bias"]
+    best = load(folder / "best.pt")
+    assert list(best["model"]) == ["0.weight", "0.bias"]
+    losses = [epoch["loss"] for epoch in validation_lines(trained.stdout)]
+    assert best["loss"] == pytest.approx(min(losses), abs=1e-4)
     code = START + with_block(TOKENS, "total = count.clone()")
     code += with_block(ACCUMULATION, "is_last")
     if torch.__version__ >= "2.6":  # before, FSDP2 was not public
-        code += with_block(FSDP, "fully_shard(layer)")
+        fsdp = with_block(FSDP, "fully_shard(block)")
+        code += replaced(fsdp, {"model.layers": "model"})
     (folder / "recipes.py").write_text(code + END)
     run = finish([*STANDALONE, "recipes.py"])
     assert run.stdout.count("equal") == 2
