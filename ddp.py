@@ -6,9 +6,9 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
-with DDP. In each step, both ways take the same samples: normal training takes as many
-batches as all processes do with DDP, one after the other. For several machines, and for
-real training, use torchrun_ddp.py.
+with DDP. In a step, both ways take the same samples: normal training computes a batch
+for each process, one after the other. For several machines, and for real training, use
+torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (Your copy of torchrun_ddp.py is such a file, too.) Part 2
@@ -87,7 +87,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set and a validation set (or None): on all ranks, the same."""
+    """Return the training set and the validation set (or None) for all ranks alike."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -100,9 +100,11 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    Each sum, such as the number of correct answers, is divided by the number of items
-    and printed by name. Call model(...) itself: its other methods bypass DDP. For a
-    batch without items, the gradient has to be 0, not NaN. (cross_entropy's is 0.)
+    Items are what the loss is the mean of: samples, or tokens. Each sum, such as the
+    number of correct answers, is divided by their number and printed by name. Call
+    model(...) itself: its other methods bypass DDP. If a batch has no items, as with
+    padding alone, the loss can be NaN, but gradients have to be 0. (With cross_entropy,
+    they are.)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -111,7 +113,7 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return the number of items (samples, or tokens) that the loss is the mean of."""
+    """Return the number of items in the batch. See compute_loss."""
     _, labels = batch
     return len(labels)
 
@@ -163,9 +165,9 @@ def main():
 def worker(rank, args, barrier, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
-    # DDP 2: take a device, before anything else does, and join the process group, which
-    # is all processes. They meet at the store of main(). The backend moves the data
-    # that they exchange: nccl between GPUs, gloo between CPUs.
+    # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
+    # the process group, which is all processes. They meet at the store of main(). The
+    # backend moves the data that they exchange: nccl between GPUs, gloo between CPUs.
     device = choose_device(args, rank)
     if args.definitions:
         use_definitions(args.definitions)
@@ -204,7 +206,7 @@ def compare(args, device, barrier):
     figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    barrier.wait()  # a rank that ends with code 1 would end rank 0, before it reports
+    barrier.wait()  # if another rank failed now, rank 0 would end before it reports
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
@@ -293,7 +295,7 @@ class Trainer:
         batches = iter(self.loader)
         while step_batches := list(islice(batches, self.batches_per_step)):
             self.train_step(step_batches, metrics)
-            del step_batches  # so that those of two steps are not in memory at once
+            del step_batches  # frees these batches before the next ones are read
         means = metrics.means(of_all_ranks=self.is_ddp)  # waits for the GPU
         seconds = time.perf_counter() - start
         if self.is_ddp and not COUNTS_DIFFER:
@@ -304,8 +306,8 @@ class Trainer:
 
     def train_step(self, batches, metrics):
         """Take one optimizer step on these batches and, with DDP, the other ranks'."""
-        # Count before the batches go to the GPU: reading a number from it makes the CPU
-        # wait.
+        # Count before the batches go to the GPU: reading a number from there would make
+        # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
         items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
         if self.averages and COUNTS_DIFFER:
@@ -324,19 +326,20 @@ class Trainer:
     def accumulate_gradients(self, batches, counts, items_per_rank, metrics):
         """Compute the gradients of the mean loss over all items of a step."""
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: gradients add up, so averaging once is enough, with the last
-            # batch. no_sync() skips it for the others, and has to enclose the forward
-            # pass, too.
+            # DDP 5, again: gradients add up, so one average is enough, in the last
+            # batch's backward(). no_sync(), around forward and backward, skips it.
             is_last = index == len(batches) - 1
-            with nullcontext() if is_last and self.averages else self.no_sync():
+            average_now = is_last and self.averages
+            with nullcontext() if average_now else self.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
                 # loss * count is the sum of the batch's losses. backward() adds up the
                 # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
                 # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items. If a batch has none,
-                # it cannot be skipped, because other ranks wait for its backward().
+                # (sum_0 + sum_1) / 40: the mean loss of all items. A batch without any
+                # needs backward(), too, as other ranks wait for it. Its weight is 0.0,
+                # because count / items_per_rank could be 0 / 0.
                 weight = count / items_per_rank if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
@@ -385,7 +388,7 @@ def check_gradients(ddp, normal):
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
     # training. So even random augmentation is the same both ways.
     batch = next(iter(ddp.loader))
-    batch = to_device(batch, "cpu", copy=True)  # a view would be sent with its base
+    batch = to_device(batch, "cpu", copy=True)  # a view would send all it views
     batches = [None] * ddp.num_ranks if ddp.rank == 0 else None
     dist.gather_object(batch, batches)
     found = take_gradients(ddp, [batch])
@@ -423,14 +426,13 @@ def check_gradients(ddp, normal):
 def take_gradients(trainer, batches):
     """Return the gradients of a step, by parameter. The model stays as it was.
 
-    For normal training, `batches` has one batch of each rank. With DDP, it has only the
-    batch of this rank, and DDP averages over the ranks. Normal training weights each
-    batch as its rank does, and then takes the mean, as DDP does: so both round alike.
+    With DDP, `batches` has the batch of this rank, and DDP takes the mean over ranks.
+    For normal training, it has one batch of each rank, and the mean is taken below.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    items_per_rank = sum(counts) / len(batches)
+    mean_count = sum(counts) / len(batches)
     if trainer.is_ddp and COUNTS_DIFFER:
-        items_per_rank = mean_over_ranks(items_per_rank, trainer.device)
+        mean_count = mean_over_ranks(mean_count, trainer.device)
     model = trainer.model
     metrics = Metrics(trainer.device)  # not needed here
     state = copy.deepcopy(model.state_dict())
@@ -440,7 +442,7 @@ def take_gradients(trainer, batches):
     for batch, count in zip(batches, counts):
         seed_everything(trainer.args.seed)  # the same dropout for all batches
         batch = copy.copy(batch)  # compute_loss may change it, as by batch.pop()
-        trainer.accumulate_gradients([batch], [count], items_per_rank, metrics)
+        trainer.accumulate_gradients([batch], [count], mean_count, metrics)
         model.load_state_dict(state)  # BatchNorm's statistics have changed
     trainer.scaler = scaler
     gradients = {}
@@ -449,6 +451,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
+            # The mean over the ranks. (With DDP, len(batches) is 1.)
             gradients[name] = gradient.detach().to_dense().cpu() / len(batches)
     model.zero_grad()
     return gradients
@@ -489,15 +492,15 @@ def median_step_ms(results, num_steps):
 
 
 def measure_step(ddp, results):
-    """Return the ms that a DDP step needs to read data, to compute, and to synchronise.
+    """Return figures: the ms that a DDP step takes to read, compute and synchronise.
 
     All ranks have to call this. It spoils the weights: the ranks train apart.
     """
     whole_ms = median_step_ms(results, ddp.num_steps)
-    repeats = [max(2, round(400 / whole_ms))]  # for 0.4 seconds
+    repeats = [max(2, round(400 / whole_ms))]  # for about 0.4 seconds
     dist.broadcast_object_list(repeats, 0)  # all ranks take rank 0's number
     batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
-    # Few batches are learnt by heart: gradients get tiny, and CPUs slow, without this.
+    # The model overfits these few batches. Tiny gradients slow CPUs: round them to 0.
     torch.set_flush_denormal(True)
     # Time steps without reading data, then also without averaging anything. The
     # differences are the parts. (min() keeps noise from making a part negative.)
@@ -811,6 +814,14 @@ def launch(function, arguments, num_processes):
             process.kill()
 
 
+def stop(reason):
+    """Print the reason once, and end. All ranks have to call this."""
+    if dist.get_rank() == 0:
+        print(reason, file=sys.stderr, flush=True)
+    leave_group()
+    sys.exit(1)
+
+
 # Guards. Each prevents a failure, or reports one that would go unnoticed.
 
 
@@ -837,14 +848,6 @@ def compare_weights(model):
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
     warning = 'the weights of the ranks differ: see "Different weights" in the README'
     return warn_unless_same(norms, warning)
-
-
-def stop(reason):
-    """Print the reason once, and end. All ranks have to call this."""
-    if dist.get_rank() == 0:
-        print(reason, file=sys.stderr, flush=True)
-    leave_group()
-    sys.exit(1)
 
 
 def prepare_process(rank, args):

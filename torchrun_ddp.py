@@ -74,7 +74,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set and a validation set (or None): on all ranks, the same."""
+    """Return the training set and the validation set (or None) for all ranks alike."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -87,9 +87,11 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    Each sum, such as the number of correct answers, is divided by the number of items
-    and printed by name. Call model(...) itself: its other methods bypass DDP. For a
-    batch without items, the gradient has to be 0, not NaN. (cross_entropy's is 0.)
+    Items are what the loss is the mean of: samples, or tokens. Each sum, such as the
+    number of correct answers, is divided by their number and printed by name. Call
+    model(...) itself: its other methods bypass DDP. If a batch has no items, as with
+    padding alone, the loss can be NaN, but gradients have to be 0. (With cross_entropy,
+    they are.)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -98,7 +100,7 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return the number of items (samples, or tokens) that the loss is the mean of."""
+    """Return the number of items in the batch. See compute_loss."""
     _, labels = batch
     return len(labels)
 
@@ -135,14 +137,13 @@ def wrap_in_ddp(model):
 
 @record  # so that torchrun's error report shows the exception of the failed rank
 def main():
-    # DDP 1: launch. torchrun runs this script in several processes. If one of them
-    # fails, torchrun ends the others.
+    # DDP 1: launch. torchrun starts all processes. If one fails, it ends the others.
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
-    # DDP 2: take a device, before anything else does, and join the process group, which
-    # is all processes. torchrun has put the address where they meet, RANK, LOCAL_RANK
-    # and WORLD_SIZE into the environment. The backend moves the data that processes
-    # exchange: nccl between GPUs, gloo between CPUs.
+    # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
+    # the process group, which is all processes. torchrun has put the address where they
+    # meet, RANK, LOCAL_RANK and WORLD_SIZE into the environment. The backend moves the
+    # data that they exchange: nccl between GPUs, gloo between CPUs.
     device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)
@@ -170,8 +171,8 @@ class Trainer:
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
         # parts have the same number of full batches. What is left over is not used in
         # this epoch. Choose the learning rate for the global batch, which is what all
-        # ranks together process in a step.
-        self.batch_of_all_ranks = args.batch_size * self.world_size
+        # ranks together process in an optimizer step.
+        self.batch_of_all_ranks = args.batch_size * self.world_size  # one of each rank
         self.global_batch = self.batch_of_all_ranks * args.grad_accum_steps
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
@@ -180,7 +181,7 @@ class Trainer:
         self.loader = make_loader(self.dataset, self.batch_sampler, args)
         self.validation_loader = None
         if validation_set is not None:
-            # Here, every sample is used just once. Some ranks can have fewer of them.
+            # This uses every sample exactly once. Some ranks may have one fewer.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
@@ -198,8 +199,8 @@ class Trainer:
         self.autocast = torch.autocast(device.type, dtype) if is_low else nullcontext()
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.saved_at = None  # when the snapshot was saved that this run goes on from
-        self.settings = settings_to_keep(self)  # those that a resumed run has to share
+        self.saved_at = None  # the time of this run's last snapshot
+        self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
         # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on, call
@@ -246,7 +247,7 @@ class Trainer:
             self.train_step(step_batches, metrics)
             steps_done += 1
             self.batches_done += len(step_batches)
-            del step_batches  # so that those of two steps are not in memory at once
+            del step_batches  # frees these batches before the next ones are read
             save_now = args.save_every and steps_done % args.save_every == 0
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
                 save_snapshot(self, args.snapshot_path)  # train() saves at the end
@@ -260,16 +261,15 @@ class Trainer:
     def train_step(self, batches, metrics):
         """Take one optimizer step, on these batches and those of the other ranks."""
         args = self.args
-        # Count before the batches go to the GPU: reading a number from it makes the CPU
-        # wait.
+        # Count before the batches go to the GPU: reading a number from there would make
+        # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
         items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
         if COUNTS_DIFFER:
             items_per_rank = mean_over_ranks(items_per_rank, self.device)
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: gradients add up, so averaging once is enough, with the last
-            # batch. no_sync() skips it for the others, and has to enclose the forward
-            # pass, too.
+            # DDP 5, again: gradients add up, so one average is enough, in the last
+            # batch's backward(). no_sync(), around forward and backward, skips it.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
@@ -278,8 +278,9 @@ class Trainer:
                 # loss * count is the sum of the batch's losses. backward() adds up the
                 # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
                 # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items. If a batch has none,
-                # it cannot be skipped, because other ranks wait for its backward().
+                # (sum_0 + sum_1) / 40: the mean loss of all items. A batch without any
+                # needs backward(), too, as other ranks wait for it. Its weight is 0.0,
+                # because count / items_per_rank could be 0 / 0.
                 weight = count / items_per_rank if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
@@ -346,7 +347,7 @@ class Metrics:
 
 def save_snapshot(trainer, path):
     """Save what a resumed run needs. Only rank 0 calls this."""
-    # If this ends rank 0, torchrun ends the other ranks, too.
+    # If rank 0 exits here, torchrun ends the other ranks.
     if not all(p.isfinite().all() for p in trainer.model.parameters()):
         sys.exit("the weights are no longer finite, so no snapshot is saved")
     if os.path.exists(path):
@@ -591,7 +592,7 @@ def mean_over_ranks(number, device):
 
 
 def make_datasets_in_turn(args):
-    """Call make_datasets on local rank 0 first: the others find what it downloads."""
+    """Call make_datasets on local rank 0 first, so that others find its downloads."""
     if os.environ["LOCAL_RANK"] != "0":
         gather_from_all(None)  # waits for all ranks, until --timeout
     datasets = make_datasets(args)
@@ -602,6 +603,14 @@ def make_datasets_in_turn(args):
 
 def as_text(means):
     return "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+
+
+def stop(reason):
+    """Print the reason once, and end. All ranks have to call this."""
+    if dist.get_rank() == 0:
+        print(reason, file=sys.stderr, flush=True)
+    leave_group()
+    sys.exit(1)
 
 
 # Guards. Each prevents a failure, or reports one that would go unnoticed.
@@ -630,14 +639,6 @@ def compare_weights(model):
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
     warning = 'the weights of the ranks differ: see "Different weights" in the README'
     return warn_unless_same(norms, warning)
-
-
-def stop(reason):
-    """Print the reason once, and end. All ranks have to call this."""
-    if dist.get_rank() == 0:
-        print(reason, file=sys.stderr, flush=True)
-    leave_group()
-    sys.exit(1)
 
 
 def guard_process(args):
