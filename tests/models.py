@@ -913,7 +913,7 @@ def no_validation(args):
 
 def downloads(args):
     """Make a file on local rank 0, in two parts. The other ranks have to find both."""
-    path = Path("downloaded")
+    path = Path(f"downloaded for {args.epochs} epochs")
     if os.environ["LOCAL_RANK"] == "0":
         path.write_text("a half")
         time.sleep(1)

@@ -71,6 +71,8 @@ NORM = "nn.BatchNorm1d(20), nn.Dropout(0.3), nn.Linear(20, 2)"
 CALL = "        return nn.functional.cross_entropy(ddp(batch[0].to(device))"
 WRAP = "nn.parallel.DistributedDataParallel(model)"
 SAMPLER = ", sampler=sampler)  # 64 in total"
+ADAM = "optimizer = torch.optim.Adam(model.parameters())"
+SCALED = "optimizer = torch.optim.Adam([*model.parameters(), scale])"
 CHANGES = {  # of the loop, and of the check, with what it says then
     "right": ("right", {}, {}),
     "BatchNorm and dropout": (
@@ -82,6 +84,11 @@ CHANGES = {  # of the loop, and of the check, with what it says then
     "no sampler": ("WRONG", {SAMPLER: ")"}, {}),
     "neither": ("WRONG", {WRAP: "model", SAMPLER: ")"}, {}),
     "no_sync": ("WRONG", {}, {CALL: f"        with ddp.no_sync():\n    {CALL}"}),
+    "a parameter": (
+        "WRONG",
+        {ADAM: f"scale = nn.Parameter(torch.ones(()))\n    {SCALED}"},
+        {"return nn": "return scale * nn"},
+    ),
     "a method": ("WRONG", {}, {CALL: CALL.replace("ddp(", "ddp.module.forward(")}),
 }
 
@@ -90,7 +97,7 @@ def test_the_check_of_a_loop(start, folder):
     runs = {}
     for name, (_, in_loop, in_use) in CHANGES.items():
         code = replaced(loop(), {**in_loop, "range(3)": "range(1)"})
-        use = textwrap.indent(block("check(ddp, compute_loss, next"), "    ")
+        use = textwrap.indent(block("check(ddp, optimizer, compute_loss, next"), "    ")
         use = replaced(use, in_use)
         first = "    for epoch in range(1):\n"
         code = replaced(code, {first: use + first})
@@ -104,7 +111,7 @@ def test_the_check_of_a_loop(start, folder):
         assert verdict == CHANGES[name][0], (name, run.stdout)
         if verdict == "right":
             assert float(difference) < 1e-5
-        elif name not in ("no sampler", "neither"):
+        elif name not in ("no sampler", "neither", "a parameter"):
             assert float(difference) > 0.01, name
 
 

@@ -95,6 +95,11 @@ for name in ("two_metrics", "no_metrics"):
     CASES[3][name] = {"run": "train", **CNN_JOB, "compute_loss": name}
     CASES[3][name]["flags"] = "--batch_size 5 --dataset_length 20"  # 2 to validate
 CASES[3]["downloads"] = {"run": "train", **CNN_JOB, "make_datasets": "downloads"}
+CASES[3]["downloads: ddp"] = {
+    **CASES[3]["downloads"],
+    "run": "check",
+    "flags": "--epochs 2",
+}
 HALF = {"run": "train", **CNN_JOB}
 HALF["flags"] = "--dataset_length 400 --epochs 4 --precision float16"
 CASES[2]["float16 learns"] = HALF
@@ -170,6 +175,7 @@ def test_images_of_any_size_one_by_one(results):
 def test_local_rank_0_downloads_first(results):
     """The other ranks find the whole file, or the case fails."""
     assert "epoch 1/1" in results[3]["downloads"][0]
+    assert "DDP is right" in results[3]["downloads: ddp"]["says"]
 
 
 @pytest.mark.parametrize("name", QUICK)
