@@ -151,7 +151,7 @@ def wrap_in_ddp(model):
 def main():
     args = parse_args()
     store = open_store()  # a small key-value server, by which processes find each other
-    # Where processes wait for each other. Unlike a collective, it has no time limit.
+    # Where the other processes wait for rank 0. Unlike a collective, without a limit.
     barrier = mp.get_context("spawn").Barrier(args.world_size)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
@@ -189,6 +189,7 @@ def worker(rank, args, barrier, host, port):
 def compare(args, device, barrier):
     """Check DDP, then train both ways. Return False if DDP is wrong."""
     rank = dist.get_rank()
+    limit = args.timeout if rank == 0 else None  # rank 0 does not wait for a stuck rank
     ddp, normal = make_trainers(args, device, barrier)
     figures = check_gradients(ddp, normal)
     results = {"normal": [], "ddp": []}  # what train_epoch returns, for each epoch
@@ -199,14 +200,14 @@ def compare(args, device, barrier):
                 results["ddp"].append(ddp.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal.train_epoch(epoch))
-            barrier.wait()  # while rank 0 trains normally, the others wait here
+            barrier.wait(limit)  # while rank 0 trains normally, the others wait here
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
     figures["same_weights"] = compare_weights(ddp.model)
     figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    barrier.wait()  # if another rank failed now, rank 0 would end before it reports
+    barrier.wait(limit)  # another rank that failed now would end rank 0 too early
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
@@ -220,7 +221,7 @@ def make_trainers(args, device, barrier):
         barrier.wait()
     dataset, _ = make_datasets(args)  # nothing is validated here
     if rank == 0:
-        barrier.wait()
+        barrier.wait(args.timeout)
     compare_data(dataset, args)
     seed_everything(args.seed)
     ddp = Trainer(args, device, dataset, make_model(args), is_ddp=True)
@@ -507,6 +508,7 @@ def measure_step(ddp, results):
     no_data_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
     ddp.averages = False
     compute_ms = min(time_steps(ddp, batches, repeats[0]), no_data_ms)
+    torch.set_flush_denormal(False)
     parts = {"data": whole_ms - no_data_ms, "compute": compute_ms}
     parts["sync"] = no_data_ms - compute_ms
     figures = {"steps_per_epoch": ddp.num_steps, "ddp_step_ms": parts}
