@@ -101,7 +101,7 @@ class Run:
                     ranks.append(process)
         return sorted(ranks, key=lambda p: p.pid)
 
-    def wait_until(self, condition, timeout=60):
+    def wait_until(self, condition, timeout=90):
         """Wait until `condition()` is true, while the command runs."""
         end = time.monotonic() + timeout
         while not condition():
@@ -109,7 +109,7 @@ class Run:
             assert time.monotonic() < end, self.stdout + self.stderr
             time.sleep(0.02)
 
-    def wait_for(self, text, timeout=60):
+    def wait_for(self, text, timeout=90):
         """Wait until the command has printed `text`."""
         self.wait_until(lambda: text in self.stdout, timeout)
 
