@@ -105,8 +105,8 @@ def test_the_check_of_a_loop(start, folder):
         file = f"{name.replace(' ', '_')}.py"
         (folder / file).write_text(imports + block("def check(") + code)
         runs[name] = start([*STANDALONE, file])
-    for name, run in runs.items():
-        assert run.wait() == 0, run.stderr
+    for name, run in runs.items():  # eight at once
+        assert run.wait(200) == 0, run.stderr
         verdict, difference = run.stdout.splitlines()[0].split()
         assert verdict == CHANGES[name][0], (name, run.stdout)
         if verdict == "right":
