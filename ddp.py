@@ -12,9 +12,9 @@ torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (Your copy of torchrun_ddp.py is such a file, too.) Part 2
-launches the processes and trains. The comments "DDP 1" to "DDP 9" mark what a script
-for one GPU does not need. Part 3 compares gradients. Part 4 measures time. Part 5 has
-flags, helpers, and guards against rare failures. You can skip it.
+launches the processes and trains. The comments "DDP 1" to "DDP 9" mark the main things
+that a script for one GPU does not need. Part 3 compares gradients. Part 4 measures
+time. Part 5 has flags, helpers, and guards against rare failures. You can skip it.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. Every rank has to call
@@ -87,7 +87,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return the training set and the validation set (or None) for all ranks alike."""
+    """Return a training set, and a validation set or None, the same on every rank."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -151,7 +151,7 @@ def wrap_in_ddp(model):
 def main():
     args = parse_args()
     store = open_store()  # a small key-value server, by which processes find each other
-    # Where the other processes wait for rank 0. Unlike a collective, without a limit.
+    # The other processes wait here for rank 0, for longer than a collective would.
     barrier = mp.get_context("spawn").Barrier(args.world_size)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
@@ -189,7 +189,7 @@ def worker(rank, args, barrier, host, port):
 def compare(args, device, barrier):
     """Check DDP, then train both ways. Return False if DDP is wrong."""
     rank = dist.get_rank()
-    limit = args.timeout if rank == 0 else None  # rank 0 does not wait for a stuck rank
+    limit = args.timeout if rank == 0 else None  # only rank 0 may keep others waiting
     ddp, normal = make_trainers(args, device, barrier)
     figures = check_gradients(ddp, normal)
     results = {"normal": [], "ddp": []}  # what train_epoch returns, for each epoch
@@ -387,9 +387,9 @@ def check_gradients(ddp, normal):
     Rank 0 prints whether the gradients are the same. Returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
-    # training. So even random augmentation is the same both ways.
-    batch = next(iter(ddp.loader))
-    batch = to_device(batch, "cpu", copy=True)  # a view would send all it views
+    # training. So even random augmentation is the same both ways. (A view would be sent
+    # with the whole tensor behind it, so this sends copies.)
+    batch = to_device(next(iter(ddp.loader)), "cpu", copy=True)
     batches = [None] * ddp.num_ranks if ddp.rank == 0 else None
     dist.gather_object(batch, batches)
     found = take_gradients(ddp, [batch])
@@ -411,9 +411,8 @@ def check_gradients(ddp, normal):
     text += f" relative difference: {difference:.1g})."
     if same is False:
         text = "DDP is WRONG: its gradients differ from those of normal training, by"
-        text += (
-            f' {difference:.1g} of their length in {name}. See "Wrong" in the README.'
-        )
+        text += f" {difference:.1g} of their length in {name}."
+        text += ' See "Wrong" in the README.'
     elif same is None:
         text = "Cannot tell if DDP is right: even normal training, done twice, gives"
         text += ' different gradients, or infinite ones. See "Not repeatable" in the'
@@ -452,7 +451,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            # The mean over the ranks. (With DDP, len(batches) is 1.)
+            # This takes the mean over the ranks. (With DDP, len(batches) is 1.)
             gradients[name] = gradient.detach().to_dense().cpu() / len(batches)
     model.zero_grad()
     return gradients

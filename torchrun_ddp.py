@@ -74,7 +74,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return the training set and the validation set (or None) for all ranks alike."""
+    """Return a training set, and a validation set or None, the same on every rank."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set

@@ -178,9 +178,7 @@ def limit(dataset, model, batch_size):
 def race(setting, repeats, contenders=CONTENDERS):
     """Let the contenders take turns; return their seconds per epoch and last means."""
     dist.init_process_group("gloo")
-    # Random labels are learnt by heart, or not at all. Without this, the tiny gradients
-    # that then come up slow down a CPU, for some contenders earlier than for others.
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # tiny gradients slow CPUs, for some sooner
     kind, length, shape, batch_size = setting
     dataset, trains = make_dataset(kind, length, shape), {}
     for name in contenders:

@@ -537,8 +537,7 @@ class RecordedSamples(Samples):
     who = ""
 
     def __getitem__(self, index):
-        use = self.use
-        with open(f"{self.who}{use} of rank {os.environ['RANK']}", "a") as file:
+        with open(f"{self.who}{self.use} of rank {os.environ['RANK']}", "a") as file:
             file.write(f"{index} {self.inputs.sum().item()}\n")
         return super().__getitem__(index)
 
