@@ -151,18 +151,16 @@ def wrap_in_ddp(model):
 def main():
     args = parse_args()
     store = open_store()  # a small key-value server, by which processes find each other
-    # The other processes wait here for rank 0, for longer than a collective would.
-    barrier = mp.get_context("spawn").Barrier(args.world_size)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     line = f"world size {args.world_size}, global batch {global_batch:,}"
     print(line if kind == "cuda" else f"{line}, {args.cores} cores", flush=True)
     # DDP 1: launch. Start the processes. Each of them calls worker(rank, *arguments).
-    launch(worker, (args, barrier, store.host, store.port), args.world_size)
+    launch(worker, (args, store.host, store.port), args.world_size)
 
 
-def worker(rank, args, barrier, host, port):
+def worker(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
@@ -178,7 +176,7 @@ def worker(rank, args, barrier, host, port):
     )
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     try:
-        is_right = compare(args, device, barrier)
+        is_right = compare(args, device, store)
     except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
         traceback.print_exc()
         sys.exit(1)
@@ -186,11 +184,10 @@ def worker(rank, args, barrier, host, port):
     sys.exit(0 if is_right else 1)
 
 
-def compare(args, device, barrier):
+def compare(args, device, store):
     """Check DDP, then train both ways. Return False if DDP is wrong."""
     rank = dist.get_rank()
-    limit = args.timeout if rank == 0 else None  # only rank 0 may keep others waiting
-    ddp, normal = make_trainers(args, device, barrier)
+    ddp, normal = make_trainers(args, device, store)
     figures = check_gradients(ddp, normal)
     results = {"normal": [], "ddp": []}  # what train_epoch returns, for each epoch
     for epoch in range(args.epochs):
@@ -200,28 +197,28 @@ def compare(args, device, barrier):
                 results["ddp"].append(ddp.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal.train_epoch(epoch))
-            barrier.wait(limit)  # while rank 0 trains normally, the others wait here
+            others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
     figures["same_weights"] = compare_weights(ddp.model)
     figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    barrier.wait(limit)  # another rank that failed now would end rank 0 too early
+    others_wait_for_rank_0(store, "report")  # one that fails now would end rank 0, too
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
-def make_trainers(args, device, barrier):
+def make_trainers(args, device, store):
     """Return a trainer with DDP and, on rank 0, one without (None on other ranks)."""
     # DDP 3: the same data. With the same seed, all ranks make the same dataset. Rank 0
     # goes first: if it downloads files, the others find them.
     rank = dist.get_rank()
     seed_everything(args.seed)
-    if rank > 0:
-        barrier.wait()
-    dataset, _ = make_datasets(args)  # nothing is validated here
     if rank == 0:
-        barrier.wait(args.timeout)
+        dataset, _ = make_datasets(args)  # nothing is validated here
+    others_wait_for_rank_0(store, "make_datasets")
+    if rank > 0:
+        dataset, _ = make_datasets(args)
     compare_data(dataset, args)
     seed_everything(args.seed)
     ddp = Trainer(args, device, dataset, make_model(args), is_ddp=True)
@@ -766,6 +763,16 @@ def mean_over_ranks(number, device):
     total = torch.full((), number, device=device)
     dist.all_reduce(total)  # now it is the sum over all ranks
     return total / dist.get_world_size()
+
+
+def others_wait_for_rank_0(store, event):
+    """Let the other ranks wait until rank 0 calls this, too, for the same event.
+
+    They can wait here for longer than --timeout, which limits collectives.
+    """
+    if dist.get_rank() == 0:
+        store.set(event, "done")
+    store.wait([event], timedelta(days=20))
 
 
 def as_text(means):

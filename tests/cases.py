@@ -36,14 +36,15 @@ WAITING = ["_local_scalar_dense", "lift_fresh", "_to_copy"]
 DEFINITIONS = "MyDataset MyModel make_datasets make_model compute_loss count_items"
 DEFINITIONS += " COUNTS_DIFFER collate make_optimizer make_scheduler wrap_in_ddp"
 DEFINITIONS = DEFINITIONS.split()
-BARRIER = []  # the barrier of this process
+STORES = []  # of this process: the first, and one for each comparison
 
 
 def compare(args):
     """Return the figures of a whole comparison, what it printed, and its result."""
     args.json = str(Path(tempfile.gettempdir(), f"{dist.get_rank()} {os.getppid()}"))
+    STORES.append(dist.PrefixStore(str(len(STORES)), STORES[0]))
     with printed() as says:
-        result = ddp.compare(args, CPU, *BARRIER)
+        result = ddp.compare(args, CPU, STORES[-1])
     if dist.get_rank() > 0:
         return None
     figures = json.loads(Path(args.json).read_text())
@@ -197,7 +198,7 @@ def replaced(*places, **parts):
             setattr(place, name, part)
 
 
-def worker(rank, world_size, port, barrier, cases):
+def worker(rank, world_size, port, cases):
     torch.set_num_threads(1)
     # As ddp.py's worker does it.
     if sys.version_info < (3, 12):
@@ -205,9 +206,9 @@ def worker(rank, world_size, port, barrier, cases):
     mp.set_start_method(None, force=True)
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
-    BARRIER.append(barrier)
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    STORES.append(store)
     for case in cases:
         if rank == 0:  # shown if it fails
             print(case, file=sys.stderr)
@@ -227,5 +228,4 @@ def worker(rank, world_size, port, barrier, cases):
 if __name__ == "__main__":
     world_size, cases = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    barrier = mp.get_context("spawn").Barrier(world_size)
-    mp.spawn(worker, (world_size, server.port, barrier, cases), world_size)
+    mp.spawn(worker, (world_size, server.port, cases), world_size)
