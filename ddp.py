@@ -6,15 +6,15 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
-with DDP. In a step, both ways take the same samples: normal training computes a batch
-for each process, one after the other. For several machines, and for real training, use
-torchrun_ddp.py.
+with DDP. In a step, both ways take the same samples: normal training goes through the
+batches of all processes, one after the other. For real training, or several machines,
+use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
-you pass with --definitions. (Your copy of torchrun_ddp.py is such a file, too.) Part 2
-launches the processes and trains. The comments "DDP 1" to "DDP 9" mark the main things
-that a script for one GPU does not need. Part 3 compares gradients. Part 4 measures
-time. Part 5 has flags, helpers, and guards against rare failures. You can skip it.
+you pass with --definitions. (An edited torchrun_ddp.py works as well.) Part 2 launches
+the processes and trains. The comments "DDP 1" to "DDP 9" mark the main things that a
+script for one GPU does not need. Part 3 compares gradients. Part 4 measures time. Part
+5 has flags, helpers, and guards against rare failures. You can skip it.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. Every rank has to call
@@ -87,7 +87,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None, the same on every rank."""
+    """Return a training set, and a validation set (or None). All ranks do the same."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -100,11 +100,11 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    Items are what the loss is the mean of: samples, or tokens. Each sum, such as the
-    number of correct answers, is divided by their number and printed by name. Call
-    model(...) itself: its other methods bypass DDP. If a batch has no items, as with
-    padding alone, the loss can be NaN, but gradients have to be 0. (With cross_entropy,
-    they are.)
+    The loss is a mean over items: samples, or tokens. Each sum, such as the number of
+    correct answers, is divided by the number of items, and printed by name. Call
+    model(...) itself: its other methods bypass DDP. A batch may have no items, only
+    padding. Its weight is 0, so its loss may be NaN, but its gradients must be finite.
+    (Those of cross_entropy are. If you divide by a count, use max(count, 1).)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -185,18 +185,19 @@ def worker(rank, args, host, port):
 
 
 def compare(args, device, store):
-    """Check DDP, then train both ways. Return False if DDP is wrong."""
+    """Check gradients, train both ways, and report. Return False if DDP is wrong."""
     rank = dist.get_rank()
     ddp, normal = make_trainers(args, device, store)
     figures = check_gradients(ddp, normal)
     results = {"normal": [], "ddp": []}  # what train_epoch returns, for each epoch
     for epoch in range(args.epochs):
-        # The two ways alternate in going first, so that neither is favoured.
+        # The two ways take turns in going first, so that neither is favoured.
         for way in ("normal", "ddp") if epoch % 2 == 0 else ("ddp", "normal"):
             if way == "ddp":
                 results["ddp"].append(ddp.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal.train_epoch(epoch))
+            # While rank 0 trains normally, the others wait here, even past --timeout.
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
@@ -204,7 +205,8 @@ def compare(args, device, store):
     figures.update(measure_step(ddp, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    others_wait_for_rank_0(store, "report")  # one that fails now would end rank 0, too
+    # When a process ends with an error, launch() ends all others. So report first.
+    others_wait_for_rank_0(store, "report")
     return figures["same_gradients"] is not False and figures["same_weights"]
 
 
@@ -222,7 +224,8 @@ def make_trainers(args, device, store):
     compare_data(dataset, args)
     seed_everything(args.seed)
     ddp = Trainer(args, device, dataset, make_model(args), is_ddp=True)
-    normal, is_new = None, True
+    normal = None
+    is_new = True
     if rank == 0:
         seed_everything(args.seed)
         model = make_model(args)  # some models cannot be copied by copy.deepcopy
@@ -231,9 +234,9 @@ def make_trainers(args, device, store):
         model.load_state_dict(ddp.model.state_dict())
         normal = Trainer(args, device, dataset, model, is_ddp=False)
     if not all(gather_from_all(is_new)):
-        stop("make_model has to return a new model in each call")
+        stop("make_model has to return a new model on each call")
     if any(isinstance(m, nn.SyncBatchNorm) for m in ddp.model_to_call.modules()):
-        stop("Normal training has no other ranks for SyncBatchNorm: use BatchNorm")
+        stop("SyncBatchNorm needs several ranks, and normal training has only one")
     return ddp, normal
 
 
@@ -242,18 +245,18 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.averages = is_ddp  # over the ranks; measure_step turns this off
+        self.averages = is_ddp  # averages gradients; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
-        # ranks shuffle the samples in the same way, and deal them out like cards: of 2
-        # ranks, rank 0 gets the 1st, 3rd, 5th, ... So in every step, all ranks together
-        # take the same samples as normal training does. Samples at the end of the
-        # dataset, too few for a whole batch of each rank, are left out.
-        batch_of_all = args.batch_size * args.world_size
-        num_samples = len(dataset) // batch_of_all * batch_of_all
+        # ranks shuffle the samples alike. Of 2 ranks, each takes every other sample: of
+        # a b c d, in batches of 2, rank 0 gets a c, and rank 1 gets b d. In the same
+        # step, normal training gets a b, then c d: the same samples. Those at the end,
+        # too few for a whole batch of each rank, are left out.
+        batch_of_all_ranks = args.batch_size * args.world_size
+        num_samples = len(dataset) // batch_of_all_ranks * batch_of_all_ranks
         self.sampler = DistributedSampler(
-            range(num_samples), self.num_ranks, self.rank, seed=args.seed
+            range(num_samples), self.num_ranks, self.rank, shuffle=True, seed=args.seed
         )
         batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
         self.loader = make_loader(dataset, batch_sampler, args)
@@ -265,13 +268,11 @@ class Trainer:
 
         self.model = model.to(device)
         self.model_to_call = self.model
-        self.no_sync = nullcontext  # normal training has nothing to average
         if is_ddp:
             # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on,
             # call this model to train: only then does backward() average the gradients
             # over the ranks. So all ranks take the same step and keep equal weights.
             self.model_to_call = wrap_in_ddp(self.model)  # shares the weights
-            self.no_sync = self.model_to_call.no_sync
         self.optimizer = make_optimizer(self.model, args)
         total_steps = args.epochs * self.num_steps
         self.scheduler = make_scheduler(self.optimizer, total_steps, args)
@@ -307,10 +308,11 @@ class Trainer:
         # Count before the batches go to the GPU: reading a number from there would make
         # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
-        items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
+        # DDP averages over the ranks. So a rank divides by the ranks' mean count.
+        divisor = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
         if self.averages and COUNTS_DIFFER:
-            items_per_rank = mean_over_ranks(items_per_rank, self.device)
-        self.accumulate_gradients(batches, counts, items_per_rank, metrics)
+            divisor = mean_over_ranks(divisor, self.device)
+        self.accumulate_gradients(batches, counts, divisor, metrics)
         self.scaler.unscale_(self.optimizer)
         if self.args.max_grad_norm:
             parameters = self.model.parameters()
@@ -321,24 +323,25 @@ class Trainer:
             self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def accumulate_gradients(self, batches, counts, items_per_rank, metrics):
+    def accumulate_gradients(self, batches, counts, divisor, metrics):
         """Compute the gradients of the mean loss over all items of a step."""
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: gradients add up, so one average is enough, in the last
-            # batch's backward(). no_sync(), around forward and backward, skips it.
+            # batch's backward(). no_sync() skips it, and has to be around the forward
+            # pass, too, in which DDP prepares to average.
             is_last = index == len(batches) - 1
-            average_now = is_last and self.averages
-            with nullcontext() if average_now else self.no_sync():
+            skip_average = self.is_ddp and not (is_last and self.averages)
+            with self.model_to_call.no_sync() if skip_average else nullcontext():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # loss * count is the sum of the batch's losses. backward() adds up the
-                # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
-                # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items. A batch without any
-                # needs backward(), too, as other ranks wait for it. Its weight is 0.0,
-                # because count / items_per_rank could be 0 / 0.
-                weight = count / items_per_rank if count else 0.0
+                # loss * count is the sum of the batch's losses, and backward() adds up
+                # the batches. With 10 items on rank 0 and 30 on rank 1, the divisor is
+                # 20, and DDP's average, (sum_0 / 20 + sum_1 / 20) / 2, is the mean of
+                # all 40. (Normal training divides by 40.) A batch without items needs
+                # backward(), too, as other ranks wait for it. Its weight is 0.0, as
+                # 0 / divisor could be 0 / 0.
+                weight = count / divisor if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
 
@@ -366,7 +369,8 @@ class Metrics:
         by_rank = [(sums, self.count)]
         if of_all_ranks:
             by_rank = gather_from_all((sums, self.count))
-        count, totals = 0, {}
+        count = 0
+        totals = {}
         for rank_sums, rank_count in by_rank:
             count += rank_count
             for name, value in rank_sums.items():
@@ -380,8 +384,8 @@ class Metrics:
 def check_gradients(ddp, normal):
     """Compare DDP's gradients of one batch per rank with those of normal training.
 
-    This does not cover accumulation, clipping and the optimizer. Nothing is trained.
-    Rank 0 prints whether the gradients are the same. Returns figures.
+    With a single batch, this does not check accumulation, nor clipping and the
+    optimizer. Nothing is trained. Rank 0 prints the result. Returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
     # training. So even random augmentation is the same both ways. (A view would be sent
@@ -394,8 +398,8 @@ def check_gradients(ddp, normal):
         return {"same_gradients": None}  # only rank 0 knows
     expected = take_gradients(normal, batches)
     difference, name = largest_difference(expected, found)
-    # On CPUs, rounding made differences of up to 1e-6, and mistakes made 0.03 or more.
-    # GPUs and low precision round more.
+    # In tests on CPUs, right gradients differed by up to 1e-6, from rounding, and wrong
+    # ones by 0.03 or more. GPUs and low precision round more.
     is_exact = ddp.args.precision == "float32" and ddp.device.type == "cpu"
     is_exact = is_exact and all(g.element_size() >= 4 for g in found.values())
     same = difference < (1e-3 if is_exact else 1e-2)
@@ -408,7 +412,7 @@ def check_gradients(ddp, normal):
     text += f" relative difference: {difference:.1g})."
     if same is False:
         text = "DDP is WRONG: its gradients differ from those of normal training, by"
-        text += f" {difference:.1g} of their length in {name}."
+        text += f" {difference:.1g} (relative difference) in {name}."
         text += ' See "Wrong" in the README.'
     elif same is None:
         text = "Cannot tell if DDP is right: even normal training, done twice, gives"
@@ -421,15 +425,15 @@ def check_gradients(ddp, normal):
 
 
 def take_gradients(trainer, batches):
-    """Return the gradients of a step, by parameter. The model stays as it was.
+    """Return the gradients, by parameter. The model stays as it was.
 
-    With DDP, `batches` has the batch of this rank, and DDP takes the mean over ranks.
-    For normal training, it has one batch of each rank, and the mean is taken below.
+    With DDP, `batches` has the batch of this rank. For normal training, it has one
+    batch of each rank, which all get the seed and the weight that they have there.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    mean_count = sum(counts) / len(batches)
+    divisor = sum(counts) / len(batches)  # see train_step
     if trainer.is_ddp and COUNTS_DIFFER:
-        mean_count = mean_over_ranks(mean_count, trainer.device)
+        divisor = mean_over_ranks(divisor, trainer.device)
     model = trainer.model
     metrics = Metrics(trainer.device)  # not needed here
     state = copy.deepcopy(model.state_dict())
@@ -437,10 +441,11 @@ def take_gradients(trainer, batches):
     scaler, trainer.scaler = trainer.scaler, torch.amp.GradScaler(enabled=False)
     trainer.model_to_call.train()
     for batch, count in zip(batches, counts):
-        seed_everything(trainer.args.seed)  # the same dropout for all batches
+        seed_everything(trainer.args.seed)
+        model.load_state_dict(state)  # BatchNorm's statistics may have changed
         batch = copy.copy(batch)  # compute_loss may change it, as by batch.pop()
-        trainer.accumulate_gradients([batch], [count], mean_count, metrics)
-        model.load_state_dict(state)  # BatchNorm's statistics have changed
+        trainer.accumulate_gradients([batch], [count], divisor, metrics)
+    model.load_state_dict(state)
     trainer.scaler = scaler
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -448,8 +453,9 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            # This takes the mean over the ranks. (With DDP, len(batches) is 1.)
-            gradients[name] = gradient.detach().to_dense().cpu() / len(batches)
+            gradient = gradient.detach().to_dense().cpu()
+            # DDP has averaged the ranks' gradients. Normal training has added them up.
+            gradients[name] = gradient if trainer.is_ddp else gradient / len(batches)
     model.zero_grad()
     return gradients
 
@@ -457,8 +463,8 @@ def take_gradients(trainer, batches):
 def largest_difference(expected, found):
     """Return the largest relative difference, and the parameter that has it.
 
-    It is relative to the norm of a parameter's gradient or, if that is nearly 0 (as for
-    a bias before BatchNorm), to a thousandth of the norm of all gradients.
+    It is relative to the norm of the parameter's gradient or, if that is nearly 0 (as
+    for a bias before BatchNorm), to a thousandth of the norm of all gradients.
     """
     norms = {name: gradient.norm().item() for name, gradient in expected.items()}
     smallest = max(1e-3 * math.hypot(*norms.values()), 1e-30)
@@ -491,7 +497,7 @@ def median_step_ms(results, num_steps):
 def measure_step(ddp, results):
     """Return figures: the ms that a DDP step takes to read, compute and synchronise.
 
-    All ranks have to call this. It spoils the weights: the ranks train apart.
+    All ranks have to call this, after training: it spoils the weights.
     """
     whole_ms = median_step_ms(results, ddp.num_steps)
     repeats = [max(2, round(400 / whole_ms))]  # for about 0.4 seconds
@@ -519,7 +525,7 @@ def time_steps(trainer, batches, repeats):
     metrics = Metrics(trainer.device)
     for repeat in range(repeats + 1):
         if repeat == 1:  # the first step warmed up
-            metrics.means(of_all_ranks=False)  # waits for the GPU
+            metrics.means(of_all_ranks=False)  # waits until the GPU has done all work
             start = time.perf_counter()
         step = [copy.copy(batch) for batch in steps[repeat % len(steps)]]
         trainer.train_step(step, metrics)
@@ -528,7 +534,7 @@ def time_steps(trainer, batches, repeats):
 
 
 def report(figures, results, args):
-    """Print times, where a step's time goes, and a verdict. Write --json."""
+    """Print times, where a step's time goes, and a verdict. Write the --json file."""
     figures.update(results)
     for name, way in (("Normal", "normal"), ("DDP", "ddp")):
         seconds = sum(result["seconds"] for result in results[way])
@@ -549,10 +555,8 @@ def report(figures, results, args):
         figures["torch"] = torch.__version__
         has_gpu = torch.cuda.is_available()
         figures["device"] = torch.cuda.get_device_name() if has_gpu else "cpu"
-        text = json.dumps({**vars(args), **figures})
-        figures = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
         with open(args.json, "w") as file:
-            json.dump(figures, file, indent=1)
+            json.dump({**vars(args), **figures}, file, indent=1)
 
 
 def verdict(figures, args):
@@ -596,18 +600,19 @@ def advice(figures, args):
         return f"{text} long as a typical rank, and the others wait for it."
     if data > max(compute, sync):
         workers = args.num_workers + 2
-        return f"{text}Loading data takes longest: try --num_workers {workers}."
+        return f"{text}Loading data takes the longest: try --num_workers {workers}."
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
     # With n times the batches in a step, all but sync takes n times as long.
-    normal_ms, accum = figures["normal_step_ms"], args.grad_accum_steps
-    gains = {n: n * normal_ms / (n * (data + compute) + sync) for n in (2, 4, 8)}
+    normal = figures["normal_step_ms"]
+    gains = {n: n * normal / (n * (data + compute) + sync) for n in (2, 4, 8)}
     if gains[8] < 1.1:  # even if gradients are averaged less often
         return f"{text}There is too little work to share: use a larger model or batch."
-    text += "Averaging gradients takes much of a step. The speedup would be about"
-    text += f" {gains[2]:.1f} with --grad_accum_steps {2 * accum}, and {gains[4]:.1f}"
-    text += f" with {4 * accum}. Both enlarge the global batch"
-    return f"{text}, so mind the learning rate."
+    text += "Averaging gradients takes up much of a step. The speedup would be about"
+    batches = args.grad_accum_steps
+    text += f" {gains[2]:.1f} with --grad_accum_steps {2 * batches}, and {gains[4]:.1f}"
+    text += f" with {4 * batches}. Both enlarge the global batch, so mind the learning"
+    return f"{text} rate."
 
 
 def print_wrapped(text):
@@ -630,15 +635,15 @@ def parse_flags(parser, *more_numbers):
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds to wait for another rank, or for a worker"),
+        ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
     ]
-    add, has_gpu = parser.add_argument, torch.cuda.is_available()
+    add = parser.add_argument
     for flag, default, _, help in numbers:
         help = f"{help} (default: {default})"
         add(flag, type=type(default), default=default, metavar="N", help=help)
-    precisions = ["float32", "bfloat16", "float16"]
-    add("--precision", choices=precisions, default="float32")
-    backend = "nccl" if has_gpu and dist.is_nccl_available() else "gloo"
+    add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
+    can_use_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "nccl" if can_use_nccl else "gloo"
     add("--backend", choices=["nccl", "gloo"], default=backend)
     help = "Python file with your versions of the definitions in part 1"
     add("--definitions", metavar="FILE", help=help)
@@ -665,8 +670,9 @@ def parse_args():
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     help = "number of processes: one per GPU or, without GPUs, 2"
     args = parse_flags(parser, ("--world_size", gpus or 2, 1, help))
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-    args.cores = len(affinity(0))  # on Linux, those that this process may use
+    args.cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # on Linux, the cores that we may use
+        args.cores = len(os.sched_getaffinity(0))
     args.threads = max(1, args.cores // args.world_size)
     return args
 
@@ -748,10 +754,7 @@ def gather_from_all(value):
 
 
 def warn_unless_same(value, warning):
-    """Warn if the ranks' values differ. Return whether they are the same.
-
-    All ranks have to call this.
-    """
+    """Return whether all ranks have the same value; warn if not. All ranks call it."""
     is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
     if not is_same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
@@ -772,7 +775,7 @@ def others_wait_for_rank_0(store, event):
     """
     if dist.get_rank() == 0:
         store.set(event, "done")
-    store.wait([event], timedelta(days=20))
+    store.wait([event], timedelta(days=20))  # longer than anyone waits
 
 
 def as_text(means):
@@ -835,14 +838,14 @@ def stop(reason):
 
 def compare_data(dataset, args):
     """Stop if the ranks' datasets differ in length; warn if some samples differ."""
-    length, lengths = len(dataset), gather_from_all(len(dataset))
+    length = len(dataset)
+    lengths = gather_from_all(length)
     if len(set(lengths)) > 1:
         stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
-    seed_everything(args.seed)  # so that all ranks draw the same augmentation
-    number = min(args.batch_size, 8)  # a few samples, but no more than fit in a batch
-    indices = [i * (length - 1) // number for i in range(1, number + 1)]
+    seed_everything(args.seed)  # so that all ranks draw the same numbers
+    indices = random.sample(range(length), min(args.batch_size, 8))
     batch = next(iter(make_loader(dataset, [indices], args)))
     file = io.BytesIO()
     # copy=True, because torch.save saves the whole tensor that a view belongs to
@@ -852,7 +855,7 @@ def compare_data(dataset, args):
 
 
 def compare_weights(model):
-    """Return whether all ranks have the same weights. If not, print a warning."""
+    """Return whether the weights of all ranks have the same norms; warn if not."""
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
     warning = 'the weights of the ranks differ: see "Different weights" in the README'
     return warn_unless_same(norms, warning)

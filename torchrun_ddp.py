@@ -74,7 +74,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None, the same on every rank."""
+    """Return a training set, and a validation set (or None). All ranks do the same."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -87,11 +87,11 @@ def make_model(args):
 def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of sums over its items.
 
-    Items are what the loss is the mean of: samples, or tokens. Each sum, such as the
-    number of correct answers, is divided by their number and printed by name. Call
-    model(...) itself: its other methods bypass DDP. If a batch has no items, as with
-    padding alone, the loss can be NaN, but gradients have to be 0. (With cross_entropy,
-    they are.)
+    The loss is a mean over items: samples, or tokens. Each sum, such as the number of
+    correct answers, is divided by the number of items, and printed by name. Call
+    model(...) itself: its other methods bypass DDP. A batch may have no items, only
+    padding. Its weight is 0, so its loss may be NaN, but its gradients must be finite.
+    (Those of cross_entropy are. If you divide by a count, use max(count, 1).)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -165,7 +165,12 @@ class Trainer:
         # DDP 3: the same data. With the same seed, all ranks make the same datasets.
         # One rank of each machine goes first, in case files have to be downloaded.
         seed_everything(args.seed)
-        self.dataset, validation_set = make_datasets_in_turn(args)
+        is_first = os.environ["LOCAL_RANK"] == "0"
+        if is_first:
+            self.dataset, validation_set = make_datasets(args)
+        gather_from_all(None)  # the other ranks wait here, at most --timeout
+        if not is_first:
+            self.dataset, validation_set = make_datasets(args)
         compare_data(self.dataset, args)
 
         # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
@@ -210,17 +215,17 @@ class Trainer:
 
     def train(self):
         """Train and validate until all epochs are done."""
-        args, total_seconds = self.args, 0
-        while self.epochs_done < args.epochs:
+        total_seconds = 0
+        while self.epochs_done < self.args.epochs:
             means, samples, seconds = self.train_epoch()
             total_seconds += seconds
             self.epochs_done += 1
             self.batches_done = 0
             if self.rank == 0:  # DDP 6: only rank 0 prints results and saves
-                line = f"epoch {self.epochs_done}/{args.epochs}  {as_text(means)}"
+                line = f"epoch {self.epochs_done}/{self.args.epochs}  {as_text(means)}"
                 print(f"{line}  {samples / seconds:,.2f} samples/s")
-                if args.snapshot_path:
-                    save_snapshot(self, args.snapshot_path)
+                if self.args.snapshot_path:
+                    save_snapshot(self, self.args.snapshot_path)
             if self.validation_loader is not None:
                 means = self.validate()  # all ranks do this together
                 if self.rank == 0:
@@ -231,26 +236,27 @@ class Trainer:
 
     def train_epoch(self):
         """Train for one epoch. Return its mean metrics, samples and seconds."""
-        args, epoch_loader = self.args, self.loader
         # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
         # should differ between epochs and between ranks, too.
         self.sampler.set_epoch(self.epochs_done)
-        seed_everything(args.seed + self.epochs_done * self.world_size + self.rank)
+        seed_everything(self.args.seed + self.epochs_done * self.world_size + self.rank)
+        epoch_loader = self.loader
         if self.batches_done:  # resumed inside this epoch: read only what is left of it
             index_lists = list(self.batch_sampler)[self.batches_done :]
-            epoch_loader = make_loader(self.dataset, index_lists, args)
+            epoch_loader = make_loader(self.dataset, index_lists, self.args)
         self.ddp_model.train()
-        metrics, steps_done = Metrics(self.device), 0
+        metrics = Metrics(self.device)
+        steps_done = 0
         start = time.perf_counter()
         batches = iter(epoch_loader)
-        while step_batches := list(islice(batches, args.grad_accum_steps)):
+        while step_batches := list(islice(batches, self.args.grad_accum_steps)):
             self.train_step(step_batches, metrics)
             steps_done += 1
             self.batches_done += len(step_batches)
             del step_batches  # frees these batches before the next ones are read
-            save_now = args.save_every and steps_done % args.save_every == 0
+            save_now = self.args.save_every and steps_done % self.args.save_every == 0
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
-                save_snapshot(self, args.snapshot_path)  # train() saves at the end
+                save_snapshot(self, self.args.snapshot_path)  # train() saves at the end
         means = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
         if not COUNTS_DIFFER:
@@ -264,24 +270,27 @@ class Trainer:
         # Count before the batches go to the GPU: reading a number from there would make
         # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
-        items_per_rank = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
+        # DDP averages over the ranks. So a rank divides by the ranks' mean count.
+        divisor = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
         if COUNTS_DIFFER:
-            items_per_rank = mean_over_ranks(items_per_rank, self.device)
+            total = torch.full((), divisor, device=self.device)
+            dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
+            divisor = total / self.world_size
         for index, (batch, count) in enumerate(zip(batches, counts)):
             # DDP 5, again: gradients add up, so one average is enough, in the last
-            # batch's backward(). no_sync(), around forward and backward, skips it.
+            # batch's backward(). no_sync() skips it, and has to be around the forward
+            # pass, too, in which DDP prepares to average.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # loss * count is the sum of the batch's losses. backward() adds up the
-                # batches, and DDP averages the ranks. If rank 0 has 10 items and rank 1
-                # has 30, items_per_rank is 20, and (sum_0 / 20 + sum_1 / 20) / 2 is
-                # (sum_0 + sum_1) / 40: the mean loss of all items. A batch without any
-                # needs backward(), too, as other ranks wait for it. Its weight is 0.0,
-                # because count / items_per_rank could be 0 / 0.
-                weight = count / items_per_rank if count else 0.0
+                # loss * count is the sum of the batch's losses, and backward() adds up
+                # the batches. With 10 items on rank 0 and 30 on rank 1, the divisor is
+                # 20, and DDP's average, (sum_0 / 20 + sum_1 / 20) / 2, is the mean of
+                # all 40. A batch without items needs backward(), too, as other ranks
+                # wait for it. Its weight is 0.0, because 0 / divisor could be 0 / 0.
+                weight = count / divisor if count else 0.0
                 self.scaler.scale(loss * weight).backward()
             metrics.add(loss, sums, count)
         self.scaler.unscale_(self.optimizer)
@@ -334,7 +343,8 @@ class Metrics:
         """Return the means, by name. All ranks have to call this."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        count, totals = 0, {}
+        count = 0
+        totals = {}
         for rank_sums, rank_count in gather_from_all((sums, self.count)):
             count += rank_count
             for name, value in rank_sums.items():
@@ -453,15 +463,15 @@ def parse_flags(parser, *more_numbers):
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "of weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds to wait for another rank, or for a worker"),
+        ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
     ]
-    add, has_gpu = parser.add_argument, torch.cuda.is_available()
+    add = parser.add_argument
     for flag, default, _, help in numbers:
         help = f"{help} (default: {default})"
         add(flag, type=type(default), default=default, metavar="N", help=help)
-    precisions = ["float32", "bfloat16", "float16"]
-    add("--precision", choices=precisions, default="float32")
-    backend = "nccl" if has_gpu and dist.is_nccl_available() else "gloo"
+    add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
+    can_use_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "nccl" if can_use_nccl else "gloo"
     add("--backend", choices=["nccl", "gloo"], default=backend)
     help = "Python file with your versions of the definitions in part 1"
     add("--definitions", metavar="FILE", help=help)
@@ -574,31 +584,11 @@ def gather_from_all(value):
 
 
 def warn_unless_same(value, warning):
-    """Warn if the ranks' values differ. Return whether they are the same.
-
-    All ranks have to call this.
-    """
+    """Return whether all ranks have the same value; warn if not. All ranks call it."""
     is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
     if not is_same and dist.get_rank() == 0:
         print(f"WARNING: {warning}")
     return is_same
-
-
-def mean_over_ranks(number, device):
-    """Return the mean of a number over all ranks. All ranks have to call this."""
-    total = torch.full((), number, device=device)
-    dist.all_reduce(total)  # now it is the sum over all ranks
-    return total / dist.get_world_size()
-
-
-def make_datasets_in_turn(args):
-    """Call make_datasets on local rank 0 first, so that others find its downloads."""
-    if os.environ["LOCAL_RANK"] != "0":
-        gather_from_all(None)  # waits for all ranks, until --timeout
-    datasets = make_datasets(args)
-    if os.environ["LOCAL_RANK"] == "0":
-        gather_from_all(None)
-    return datasets
 
 
 def as_text(means):
@@ -618,14 +608,14 @@ def stop(reason):
 
 def compare_data(dataset, args):
     """Stop if the ranks' datasets differ in length; warn if some samples differ."""
-    length, lengths = len(dataset), gather_from_all(len(dataset))
+    length = len(dataset)
+    lengths = gather_from_all(length)
     if len(set(lengths)) > 1:
         stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
-    seed_everything(args.seed)  # so that all ranks draw the same augmentation
-    number = min(args.batch_size, 8)  # a few samples, but no more than fit in a batch
-    indices = [i * (length - 1) // number for i in range(1, number + 1)]
+    seed_everything(args.seed)  # so that all ranks draw the same numbers
+    indices = random.sample(range(length), min(args.batch_size, 8))
     batch = next(iter(make_loader(dataset, [indices], args)))
     file = io.BytesIO()
     # copy=True, because torch.save saves the whole tensor that a view belongs to
@@ -635,7 +625,7 @@ def compare_data(dataset, args):
 
 
 def compare_weights(model):
-    """Return whether all ranks have the same weights. If not, print a warning."""
+    """Return whether the weights of all ranks have the same norms; warn if not."""
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
     warning = 'the weights of the ranks differ: see "Different weights" in the README'
     return warn_unless_same(norms, warning)

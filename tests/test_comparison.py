@@ -1,5 +1,6 @@
 """The comparison of ddp.py: is DDP right, and where does a step's time go?"""
 
+import math
 import random
 
 import pytest
@@ -151,7 +152,7 @@ def test_data_that_differs_is_warned_of_and_compared_all_the_same(results):
 def test_a_model_at_module_level_is_refused(finish, define):
     flags = define({"MyModel": "ConstantModel", "MyDataset": "Images"})
     run = finish(SCRIPTS["ddp"], flags, code=1)
-    says = "make_model has to return a new model in each call\n"
+    says = "make_model has to return a new model on each call\n"
     assert run.stderr.startswith(says) and "Traceback" not in run.stderr
 
 
@@ -185,7 +186,7 @@ def test_what_cannot_be_repeated_is_not_called_wrong(results, world_size, name):
     assert "Cannot tell if DDP is right" in result["says"], result
     assert result["result"] is True
     loss = result["ddp"][-1]["means"]["loss"]
-    assert (loss is None) == (name == "NaN")  # no NaN in JSON
+    assert math.isnan(loss) == (name == "NaN")
 
 
 def test_weights_that_drift_apart_are_wrong(results):

@@ -143,7 +143,10 @@ def verdict(speedup=1.5, spread=0.1, parts=(1.0, 3.0, 1.0), **changes):
         # (2 x 7.5) / (2 x 4 + 4), and (4 x 7.5) / (4 x 4 + 4)
         ({"parts": (1, 3, 4)}, "about 1.2 with --grad_accum_steps 6, and 1.5 with 12."),
         ({"parts": (1, 6, 40)}, "There is too little work to share"),
-        ({"parts": (5, 1, 0.1)}, "Loading data takes longest: try --num_workers 2."),
+        (
+            {"parts": (5, 1, 0.1)},
+            "Loading data takes the longest: try --num_workers 2.",
+        ),
         (
             {"compute_ms_by_rank": [3, 6]},
             "Rank 1 computes 2.0 times as long as a typ",

@@ -250,7 +250,7 @@ class MyDataset(Samples):
     script = folder / "torchrun_ddp.py"
     prints, indent = '                    print(f"  validation', 20 * " "
     lines = [f"{indent}{best[1]}", f"{indent}    {best[2]}", f"{indent}    {best[3]}"]
-    epochs = "        while self.epochs_done < args.epochs:\n"
+    epochs = "        while self.epochs_done < self.args.epochs:\n"
     layer = "nn.Sequential(nn.Linear(100, 2))"
     changes = {
         prints: "\n".join([*lines, prints]),

@@ -96,9 +96,12 @@ def test_random_kills(request, start, finish, folder, reference):
             f" --snapshot_path {path} --save_every {choose.randint(1, 9)} --timeout 9"
         )
         run = start(RESTARTS, flags, OWN_STORE)
-        moment = choose.uniform(0, 7)
+        since, moment = "the start", choose.uniform(0, 7)
+        if number % 5 >= 2:  # 60 of 100: while snapshots are being saved
+            since, moment = "the first snapshot", choose.uniform(0, 2)
+            run.wait_until(path.exists)
         time.sleep(moment)
-        what = f"kill {number}: {victims} after {moment:.2f} seconds, {flags}"
+        what = f"kill {number}: {victims} {moment:.2f} seconds after {since}, {flags}"
         ranks = run.ranks()
         chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:], "ranks": ranks}
         chosen["agent"] = [psutil.Process(run.process.pid)]
