@@ -11,10 +11,12 @@ batches of all processes, one after the other. For real training, or several mac
 use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
-you pass with --definitions. (An edited torchrun_ddp.py works as well.) Part 2 launches
-the processes and trains. The comments "DDP 1" to "DDP 9" mark the main things that a
-script for one GPU does not need. Part 3 compares gradients. Part 4 measures time. Part
-5 has flags, helpers, and guards against rare failures. You can skip it.
+you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
+Part 2 launches the processes and trains. Comments mark the main things that a script
+for one GPU does not need, not always in this order: DDP 1 launch, 2 join, 3 same data,
+4 shard, 5 wrap, 6 rank 0 prints, 7 reshuffle, 8 measure, 9 leave. Part 3 compares
+gradients. Part 4 measures time. Part 5 has flags, helpers, and guards against rare
+failures. You can skip it.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. Every rank has to call
@@ -87,7 +89,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set (or None). All ranks do the same."""
+    """Return a training set, and a validation set or None: the same on every rank."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -102,9 +104,7 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: its other methods bypass DDP. A batch may have no items, only
-    padding. Its weight is 0, so its loss may be NaN, but its gradients must be finite.
-    (Those of cross_entropy are. If you divide by a count, use max(count, 1).)
+    model(...) itself: its other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -119,7 +119,10 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as token counts do. In each
-# step, the ranks then exchange their counts, so that every item has the same weight.
+# step, the ranks then exchange their counts, so that every item counts the same. A
+# batch may even have no items, only padding. Its loss, NaN, is ignored. But backward()
+# starts with a factor of 0, and must not make NaN of it. (With cross_entropy, it does
+# not. If you divide by a count yourself, use max(count, 1).)
 COUNTS_DIFFER = False
 
 
@@ -185,7 +188,7 @@ def worker(rank, args, host, port):
 
 
 def compare(args, device, store):
-    """Check gradients, train both ways, and report. Return False if DDP is wrong."""
+    """Check gradients, train both ways, and report. Return False if DDP is WRONG."""
     rank = dist.get_rank()
     ddp, normal = make_trainers(args, device, store)
     figures = check_gradients(ddp, normal)
@@ -229,9 +232,10 @@ def make_trainers(args, device, store):
     if rank == 0:
         seed_everything(args.seed)
         model = make_model(args)  # some models cannot be copied by copy.deepcopy
+        model.load_state_dict(ddp.model.state_dict())
+        # If make_model returns the same model again, both ways would train it.
         pairs = zip(model.parameters(), ddp.model.parameters())
         is_new = not any(one is other for one, other in pairs)
-        model.load_state_dict(ddp.model.state_dict())
         normal = Trainer(args, device, dataset, model, is_ddp=False)
     if not all(gather_from_all(is_new)):
         stop("make_model has to return a new model on each call")
@@ -248,19 +252,19 @@ class Trainer:
         self.averages = is_ddp  # averages gradients; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
-        # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
-        # ranks shuffle the samples alike. Of 2 ranks, each takes every other sample: of
-        # a b c d, in batches of 2, rank 0 gets a c, and rank 1 gets b d. In the same
-        # step, normal training gets a b, then c d: the same samples. Those at the end,
-        # too few for a whole batch of each rank, are left out.
-        batch_of_all_ranks = args.batch_size * args.world_size
+        # DDP 4: shard. In each epoch, all ranks shuffle the samples alike, and each takes
+        # its own part. If the order is a b c d, a step with batches of 2 has
+        #     with DDP:  a c on rank 0, b d on rank 1
+        #     normally:  a b, then c d
+        # The last samples of the dataset, too few for a batch of each rank, are unused.
+        batch_of_all_ranks = args.batch_size * args.world_size  # in samples
         num_samples = len(dataset) // batch_of_all_ranks * batch_of_all_ranks
+        indices = range(num_samples)  # the sampler only needs their number
         self.sampler = DistributedSampler(
-            range(num_samples), self.num_ranks, self.rank, shuffle=True, seed=args.seed
+            indices, self.num_ranks, self.rank, shuffle=True, seed=args.seed
         )
         batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
         self.loader = make_loader(dataset, batch_sampler, args)
-        # In a step, normal training takes the batches of all ranks, one by one.
         self.batches_per_step = args.grad_accum_steps
         if not is_ddp:
             self.batches_per_step *= args.world_size
@@ -304,12 +308,15 @@ class Trainer:
         return {"means": means, "samples": samples, "seconds": seconds}
 
     def train_step(self, batches, metrics):
-        """Take one optimizer step on these batches and, with DDP, the other ranks'."""
+        """Take one optimizer step. With DDP, all ranks take it together."""
         # Count before the batches go to the GPU: reading a number from there would make
         # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
-        # DDP averages over the ranks. So a rank divides by the ranks' mean count.
-        divisor = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
+        # Wanted: the sum of the losses of all items, divided by their number. As DDP
+        # divides by the number of ranks, a rank divides by the mean count of the ranks.
+        # With 10 items on rank 0 and 30 on rank 1, this is 20, and DDP computes
+        # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40. (Normal training: 40.)
+        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
         if self.averages and COUNTS_DIFFER:
             divisor = mean_over_ranks(divisor, self.device)
         self.accumulate_gradients(batches, counts, divisor, metrics)
@@ -335,14 +342,11 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # loss * count is the sum of the batch's losses, and backward() adds up
-                # the batches. With 10 items on rank 0 and 30 on rank 1, the divisor is
-                # 20, and DDP's average, (sum_0 / 20 + sum_1 / 20) / 2, is the mean of
-                # all 40. (Normal training divides by 40.) A batch without items needs
-                # backward(), too, as other ranks wait for it. Its weight is 0.0, as
-                # 0 / divisor could be 0 / 0.
-                weight = count / divisor if count else 0.0
-                self.scaler.scale(loss * weight).backward()
+                # loss * count is the sum of the losses in this batch. A batch without
+                # items needs backward(), too, because other ranks wait for it. Its
+                # factor is 0.0: count / divisor could be 0 / 0.
+                factor = count / divisor if count else 0.0
+                self.scaler.scale(loss * factor).backward()
             metrics.add(loss, sums, count)
 
 
@@ -428,10 +432,10 @@ def take_gradients(trainer, batches):
     """Return the gradients, by parameter. The model stays as it was.
 
     With DDP, `batches` has the batch of this rank. For normal training, it has one
-    batch of each rank, which all get the seed and the weight that they have there.
+    batch of each rank. Each gets the seed, model state and divisor of its rank.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    divisor = sum(counts) / len(batches)  # see train_step
+    divisor = sum(counts) / len(batches)  # the mean count of the ranks
     if trainer.is_ddp and COUNTS_DIFFER:
         divisor = mean_over_ranks(divisor, trainer.device)
     model = trainer.model
@@ -591,7 +595,9 @@ def advice(figures, args):
         return f"{text} {devices}."
     text = ""
     if gpus:
-        text = "One GPU may also be faster with larger batches. To see, compare the"
+        text = (
+            "One GPU may also be faster with larger batches. To see, compare with the"
+        )
         text += " samples/s of --world_size 1 --batch_size"
         text += f" {args.world_size * args.batch_size}. "
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
@@ -700,7 +706,7 @@ def make_loader(dataset, batch_sampler, args):
         batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,  # do not start them in every epoch
+        persistent_workers=args.num_workers > 0,  # keep them between epochs
         timeout=args.timeout if args.num_workers else 0,
         pin_memory=torch.cuda.is_available(),  # for copies that overlap with computing
     )
@@ -724,7 +730,7 @@ def choose_device(args, local_rank):
         sys.exit(2)
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
+        torch.cuda.set_device(device)
     return device
 
 
@@ -771,7 +777,7 @@ def mean_over_ranks(number, device):
 def others_wait_for_rank_0(store, event):
     """Let the other ranks wait until rank 0 calls this, too, for the same event.
 
-    They can wait here for longer than --timeout, which limits collectives.
+    They can wait here for longer than --timeout. Each event needs a new name.
     """
     if dist.get_rank() == 0:
         store.set(event, "done")

@@ -6,9 +6,10 @@ there is no GPU). The README has the command for several machines.
     torchrun --standalone --nproc_per_node=auto torchrun_ddp.py
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
-you pass with --definitions. Part 2 trains. The comments "DDP 1" to "DDP 9" mark the
-main things that a script for one GPU does not need. Part 3 saves and resumes. Part 4
-has flags, helpers, and guards against rare failures. DDP works without the guards.
+you pass with --definitions. Part 2 trains. Comments mark the main things that a script
+for one GPU does not need: DDP 1 launch, 2 join, 3 same data, 4 shard, 5 wrap, 6 rank 0
+prints and saves, 7 reshuffle, 8 measure, 9 leave. Part 3 saves and resumes. Part 4 has
+flags, helpers, and guards against rare failures. DDP works without the guards.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1,
 and a local rank, its number on its own machine. A collective, such as all_reduce, is an
@@ -74,7 +75,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set (or None). All ranks do the same."""
+    """Return a training set, and a validation set or None: the same on every rank."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -89,9 +90,7 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: its other methods bypass DDP. A batch may have no items, only
-    padding. Its weight is 0, so its loss may be NaN, but its gradients must be finite.
-    (Those of cross_entropy are. If you divide by a count, use max(count, 1).)
+    model(...) itself: its other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -106,7 +105,10 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as token counts do. In each
-# step, the ranks then exchange their counts, so that every item has the same weight.
+# step, the ranks then exchange their counts, so that every item counts the same. A
+# batch may even have no items, only padding. Its loss, NaN, is ignored. But backward()
+# starts with a factor of 0, and must not make NaN of it. (With cross_entropy, it does
+# not. If you divide by a count yourself, use max(count, 1).)
 COUNTS_DIFFER = False
 
 
@@ -141,9 +143,9 @@ def main():
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
     # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
-    # the process group, which is all processes. torchrun has put the address where they
-    # meet, RANK, LOCAL_RANK and WORLD_SIZE into the environment. The backend moves the
-    # data that they exchange: nccl between GPUs, gloo between CPUs.
+    # the process group, which is all processes. torchrun has set RANK, LOCAL_RANK,
+    # WORLD_SIZE and the address where they meet, in the environment. The backend moves
+    # the data that they exchange: nccl between GPUs, gloo between CPUs.
     device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)
@@ -177,7 +179,7 @@ class Trainer:
         # parts have the same number of full batches. What is left over is not used in
         # this epoch. Choose the learning rate for the global batch, which is what all
         # ranks together process in an optimizer step.
-        self.batch_of_all_ranks = args.batch_size * self.world_size  # one of each rank
+        self.batch_of_all_ranks = args.batch_size * self.world_size  # in samples
         self.global_batch = self.batch_of_all_ranks * args.grad_accum_steps
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
@@ -270,8 +272,11 @@ class Trainer:
         # Count before the batches go to the GPU: reading a number from there would make
         # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
-        # DDP averages over the ranks. So a rank divides by the ranks' mean count.
-        divisor = sum(counts)  # unless COUNTS_DIFFER, the same on all ranks
+        # Wanted: the sum of the losses of all items, divided by their number. As DDP
+        # divides by the number of ranks, a rank divides by the mean count of the ranks.
+        # With 10 items on rank 0 and 30 on rank 1, this is 20, and DDP computes
+        # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
         if COUNTS_DIFFER:
             total = torch.full((), divisor, device=self.device)
             dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
@@ -285,13 +290,11 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # loss * count is the sum of the batch's losses, and backward() adds up
-                # the batches. With 10 items on rank 0 and 30 on rank 1, the divisor is
-                # 20, and DDP's average, (sum_0 / 20 + sum_1 / 20) / 2, is the mean of
-                # all 40. A batch without items needs backward(), too, as other ranks
-                # wait for it. Its weight is 0.0, because 0 / divisor could be 0 / 0.
-                weight = count / divisor if count else 0.0
-                self.scaler.scale(loss * weight).backward()
+                # loss * count is the sum of the losses in this batch. A batch without
+                # items needs backward(), too, because other ranks wait for it. Its
+                # factor is 0.0: count / divisor could be 0 / 0.
+                factor = count / divisor if count else 0.0
+                self.scaler.scale(loss * factor).backward()
             metrics.add(loss, sums, count)
         self.scaler.unscale_(self.optimizer)
         if args.max_grad_norm:
@@ -376,7 +379,7 @@ def save_snapshot(trainer, path):
         "global_batch": trainer.global_batch,
         "saved_at": trainer.saved_at,
     }
-    # After a crash, there is always a complete file, either the old or the new one.
+    # If a crash interrupts saving, there is still a complete file, the old one.
     with open(path + ".tmp", "wb") as file:
         torch.save(snapshot, file)
         file.flush()
@@ -426,7 +429,7 @@ def restore(trainer, snapshot):
         print(f"resuming after {trainer.epochs_done} epochs and {samples} samples")
         if snapshot["global_batch"] != trainer.global_batch:
             change = f"{snapshot['global_batch']} to {trainer.global_batch}"
-            print(f"The global batch changes from {change}: mind the learning rate")
+            print(f"the global batch changes from {change}, but not the learning rate")
 
 
 def settings_to_keep(trainer):
@@ -530,7 +533,7 @@ def make_loader(dataset, batch_sampler, args):
         batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,  # do not start them in every epoch
+        persistent_workers=args.num_workers > 0,  # keep them between epochs
         timeout=args.timeout if args.num_workers else 0,
         pin_memory=torch.cuda.is_available(),  # for copies that overlap with computing
     )
@@ -554,7 +557,7 @@ def choose_device(args, local_rank):
         sys.exit(2)
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(device)  # otherwise, all processes use memory on GPU 0
+        torch.cuda.set_device(device)
     return device
 
 
