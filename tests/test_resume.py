@@ -111,7 +111,7 @@ def test_random_kills(request, start, finish, folder, reference):
                 process.kill()
             except psutil.NoSuchProcess:
                 pass  # it had ended by then
-        code = run.wait(60)
+        code = run.wait(200)  # it may save after every step
         assert run.all_gone(40), f"{what}: {run.processes()}"
         if path.exists():
             load(path)  # readable, whatever happened
