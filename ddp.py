@@ -7,8 +7,8 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
 with DDP. In a step, both ways take the same samples: normal training goes through the
-batches of all processes, one after the other. For real training, or several machines,
-use torchrun_ddp.py.
+batches of all processes, one after the other, and adds up their gradients. For real
+training, or several machines, use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
@@ -104,7 +104,9 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: its other methods bypass DDP.
+    model(...) itself: its methods, and model.module, bypass DDP. A batch may have no
+    items, only padding. Its loss is not used, and may be NaN, but its gradients must be
+    0, as with cross_entropy. (If you divide by a count yourself, use max(count, 1).)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -119,10 +121,7 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as token counts do. In each
-# step, the ranks then exchange their counts, so that every item counts the same. A
-# batch may even have no items, only padding. Its loss, NaN, is ignored. But backward()
-# starts with a factor of 0, and must not make NaN of it. (With cross_entropy, it does
-# not. If you divide by a count yourself, use max(count, 1).)
+# step, the ranks then exchange their counts, so that every item counts the same.
 COUNTS_DIFFER = False
 
 
@@ -138,7 +137,7 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, total_steps, args):
-    """Return None, or a scheduler, whose step() is called after each optimizer step."""
+    """Return a scheduler or None. Its step() is called after each optimizer step."""
     return
 
 
@@ -188,7 +187,7 @@ def worker(rank, args, host, port):
 
 
 def compare(args, device, store):
-    """Check gradients, train both ways, and report. Return False if DDP is WRONG."""
+    """Check DDP, train both ways, report. Return False if this rank found it wrong."""
     rank = dist.get_rank()
     ddp, normal = make_trainers(args, device, store)
     figures = check_gradients(ddp, normal)
@@ -252,7 +251,7 @@ class Trainer:
         self.averages = is_ddp  # averages gradients; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
-        # DDP 4: shard. In each epoch, all ranks shuffle the samples alike, and each takes
+        # DDP 4: shard. In each epoch, all ranks shuffle the samples alike, and each gets
         # its own part. If the order is a b c d, a step with batches of 2 has
         #     with DDP:  a c on rank 0, b d on rank 1
         #     normally:  a b, then c d
@@ -333,9 +332,9 @@ class Trainer:
     def accumulate_gradients(self, batches, counts, divisor, metrics):
         """Compute the gradients of the mean loss over all items of a step."""
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: gradients add up, so one average is enough, in the last
-            # batch's backward(). no_sync() skips it, and has to be around the forward
-            # pass, too, in which DDP prepares to average.
+            # DDP 5, again: gradients add up. So only the last backward() has to average
+            # them over the ranks. no_sync() turns this off for the others. It has to be
+            # around the forward pass, too, in which DDP prepares to average.
             is_last = index == len(batches) - 1
             skip_average = self.is_ddp and not (is_last and self.averages)
             with self.model_to_call.no_sync() if skip_average else nullcontext():
@@ -343,8 +342,8 @@ class Trainer:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
                 # loss * count is the sum of the losses in this batch. A batch without
-                # items needs backward(), too, because other ranks wait for it. Its
-                # factor is 0.0: count / divisor could be 0 / 0.
+                # items needs backward(), too, because other ranks wait for it. Its loss
+                # may be NaN, but only the factor, 0.0, is passed back to the gradients.
                 factor = count / divisor if count else 0.0
                 self.scaler.scale(loss * factor).backward()
             metrics.add(loss, sums, count)
@@ -431,13 +430,15 @@ def check_gradients(ddp, normal):
 def take_gradients(trainer, batches):
     """Return the gradients, by parameter. The model stays as it was.
 
-    With DDP, `batches` has the batch of this rank. For normal training, it has one
-    batch of each rank. Each gets the seed, model state and divisor of its rank.
+    With DDP, `batches` has the batch of this rank, and backward() averages over the
+    ranks. Normal training imitates this. It has one batch of each rank. Their gradients
+    add up, and are divided by the number of batches in the end. (So, unlike train_step,
+    this divides losses by the mean count.) Each batch gets the same seed and state.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    divisor = sum(counts) / len(batches)  # the mean count of the ranks
+    mean_count = sum(counts) / len(batches)
     if trainer.is_ddp and COUNTS_DIFFER:
-        divisor = mean_over_ranks(divisor, trainer.device)
+        mean_count = mean_over_ranks(mean_count, trainer.device)
     model = trainer.model
     metrics = Metrics(trainer.device)  # not needed here
     state = copy.deepcopy(model.state_dict())
@@ -448,7 +449,7 @@ def take_gradients(trainer, batches):
         seed_everything(trainer.args.seed)
         model.load_state_dict(state)  # BatchNorm's statistics may have changed
         batch = copy.copy(batch)  # compute_loss may change it, as by batch.pop()
-        trainer.accumulate_gradients([batch], [count], divisor, metrics)
+        trainer.accumulate_gradients([batch], [count], mean_count, metrics)
     model.load_state_dict(state)
     trainer.scaler = scaler
     gradients = {}
@@ -458,7 +459,6 @@ def take_gradients(trainer, batches):
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
             gradient = gradient.detach().to_dense().cpu()
-            # DDP has averaged the ranks' gradients. Normal training has added them up.
             gradients[name] = gradient if trainer.is_ddp else gradient / len(batches)
     model.zero_grad()
     return gradients
@@ -609,16 +609,18 @@ def advice(figures, args):
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
-    # With n times the batches in a step, all but sync takes n times as long.
+    # With n times the batches in a step, everything takes n times as long, except sync.
     normal = figures["normal_step_ms"]
-    gains = {n: n * normal / (n * (data + compute) + sync) for n in (2, 4, 8)}
-    if gains[8] < 1.1:  # even if gradients are averaged less often
+    speedup = {n: n * normal / (n * (data + compute) + sync) for n in (2, 4, 8)}
+    if speedup[8] < 1.1:  # even if gradients are averaged less often
         return f"{text}There is too little work to share: use a larger model or batch."
     text += "Averaging gradients takes up much of a step. The speedup would be about"
     batches = args.grad_accum_steps
-    text += f" {gains[2]:.1f} with --grad_accum_steps {2 * batches}, and {gains[4]:.1f}"
-    text += f" with {4 * batches}. Both enlarge the global batch, so mind the learning"
-    return f"{text} rate."
+    text += f" {speedup[2]:.1f} with --grad_accum_steps {2 * batches}, and"
+    text += (
+        f" {speedup[4]:.1f} with {4 * batches}. Both enlarge the global batch, so mind"
+    )
+    return f"{text} the learning rate."
 
 
 def print_wrapped(text):

@@ -90,7 +90,9 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: its other methods bypass DDP.
+    model(...) itself: its methods, and model.module, bypass DDP. A batch may have no
+    items, only padding. Its loss is not used, and may be NaN, but its gradients must be
+    0, as with cross_entropy. (If you divide by a count yourself, use max(count, 1).)
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -105,10 +107,7 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as token counts do. In each
-# step, the ranks then exchange their counts, so that every item counts the same. A
-# batch may even have no items, only padding. Its loss, NaN, is ignored. But backward()
-# starts with a factor of 0, and must not make NaN of it. (With cross_entropy, it does
-# not. If you divide by a count yourself, use max(count, 1).)
+# step, the ranks then exchange their counts, so that every item counts the same.
 COUNTS_DIFFER = False
 
 
@@ -124,7 +123,7 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, total_steps, args):
-    """Return None, or a scheduler, whose step() is called after each optimizer step."""
+    """Return a scheduler or None. Its step() is called after each optimizer step."""
     return
 
 
@@ -282,17 +281,17 @@ class Trainer:
             dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
             divisor = total / self.world_size
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: gradients add up, so one average is enough, in the last
-            # batch's backward(). no_sync() skips it, and has to be around the forward
-            # pass, too, in which DDP prepares to average.
+            # DDP 5, again: gradients add up. So only the last backward() has to average
+            # them over the ranks. no_sync() turns this off for the others. It has to be
+            # around the forward pass, too, in which DDP prepares to average.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
                 # loss * count is the sum of the losses in this batch. A batch without
-                # items needs backward(), too, because other ranks wait for it. Its
-                # factor is 0.0: count / divisor could be 0 / 0.
+                # items needs backward(), too, because other ranks wait for it. Its loss
+                # may be NaN, but only the factor, 0.0, is passed back to the gradients.
                 factor = count / divisor if count else 0.0
                 self.scaler.scale(loss * factor).backward()
             metrics.add(loss, sums, count)
