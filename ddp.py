@@ -251,7 +251,7 @@ class Trainer:
         self.averages = is_ddp  # averages gradients; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
-        # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its own part
+        # DDP 4: shard. In each epoch, all ranks shuffle alike. Each gets its part
         # of the samples. If their order is a b c d, a step with batches of 2 has
         #     with DDP:  a c on rank 0, b d on rank 1
         #     normally:  a b, then c d
