@@ -44,6 +44,7 @@ import zlib
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
+from multiprocessing import resource_tracker
 from statistics import median, median_low
 
 import torch
@@ -815,16 +816,15 @@ def open_store():
 
 
 def launch(function, arguments, num_processes):
-    """Run mp.spawn. End with code 130 after Ctrl-C, or with a failed process's code."""
+    """Run mp.spawn. If a process fails, end with its code, and end the others."""
     try:
-        # The new processes inherit this, and ignore Ctrl-C. This one ends them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The new processes inherit this block of Ctrl-C. This one ends them.
+        resource_tracker.ensure_running()  # started later, it would end the block
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         processes = mp.spawn(function, arguments, num_processes, join=False)
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         while not processes.join():  # raises an error if a process has failed
             pass
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
         code = getattr(error, "exit_code", None)  # 1 or 2: the process has said why
         sys.exit(code if code in (1, 2) else f"ddp.py: {error}")
@@ -905,4 +905,7 @@ def leave_group():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # Ctrl-C
+        sys.exit(130)
