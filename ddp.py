@@ -252,8 +252,8 @@ class Trainer:
         self.averages = is_ddp  # averages gradients; measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
-        # DDP 4: shard. In each epoch, all ranks shuffle alike. Each gets its part
-        # of the samples. If their order is a b c d, a step with batches of 2 has
+        # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its
+        # part of the samples. If their order is a b c d, a step with batches of 2 has
         #     with DDP:  a c on rank 0, b d on rank 1
         #     normally:  a b, then c d
         # The last samples of the dataset, too few for a batch of each rank, are unused.
@@ -596,10 +596,8 @@ def advice(figures, args):
         return f"{text} {devices}."
     text = ""
     if gpus:
-        text = (
-            "One GPU may also be faster with larger batches. To see, compare with the"
-        )
-        text += " samples/s of --world_size 1 --batch_size"
+        text = "One GPU may also be faster with larger batches. To see, compare with"
+        text += " the samples/s of --world_size 1 --batch_size"
         text += f" {args.world_size * args.batch_size}. "
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
@@ -618,10 +616,8 @@ def advice(figures, args):
     text += "Averaging gradients takes up much of a step. The speedup would be about"
     batches = args.grad_accum_steps
     text += f" {speedup[2]:.1f} with --grad_accum_steps {2 * batches}, and"
-    text += (
-        f" {speedup[4]:.1f} with {4 * batches}. Both enlarge the global batch, so mind"
-    )
-    return f"{text} the learning rate."
+    text += f" {speedup[4]:.1f} with {4 * batches}. Both enlarge the global batch, so"
+    return f"{text} mind the learning rate."
 
 
 def print_wrapped(text):
@@ -818,7 +814,7 @@ def open_store():
 def launch(function, arguments, num_processes):
     """Run mp.spawn. If a process fails, end with its code, and end the others."""
     try:
-        # The new processes inherit this block of Ctrl-C. This one ends them.
+        # The new processes inherit this block: only this process reacts to Ctrl-C.
         resource_tracker.ensure_running()  # started later, it would end the block
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         processes = mp.spawn(function, arguments, num_processes, join=False)
@@ -852,7 +848,7 @@ def compare_data(dataset, args):
         stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
-    seed_everything(args.seed)  # so that all ranks draw the same numbers
+    seed_everything(args.seed)  # for the same samples and augmentation on all ranks
     indices = random.sample(range(length), min(args.batch_size, 8))
     batch = next(iter(make_loader(dataset, [indices], args)))
     file = io.BytesIO()

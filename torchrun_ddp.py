@@ -378,7 +378,7 @@ def save_snapshot(trainer, path):
         "global_batch": trainer.global_batch,
         "saved_at": trainer.saved_at,
     }
-    # If a crash interrupts saving, there is still a complete file, the old one.
+    # If a crash interrupts saving, the old file is still there, and complete.
     with open(path + ".tmp", "wb") as file:
         torch.save(snapshot, file)
         file.flush()
@@ -616,7 +616,7 @@ def compare_data(dataset, args):
         stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
         stop(f"{length} samples are too few: some rank would not have a whole batch")
-    seed_everything(args.seed)  # so that all ranks draw the same numbers
+    seed_everything(args.seed)  # for the same samples and augmentation on all ranks
     indices = random.sample(range(length), min(args.batch_size, 8))
     batch = next(iter(make_loader(dataset, [indices], args)))
     file = io.BytesIO()
