@@ -13,8 +13,8 @@ training, or several machines, use torchrun_ddp.py.
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
 Part 2 launches the processes and trains. Comments mark the main things that a script
-for one GPU does not need, not always in this order: DDP 1 launch, 2 join, 3 same data,
-4 shard, 5 wrap, 6 rank 0 prints, 7 reshuffle, 8 measure, 9 leave. Part 3 compares
+for one GPU does not need: DDP 1 launch, 2 join, 3 same data, 4 shard, 5 wrap, 6 rank 0
+prints, 7 reshuffle, 8 measure, 9 leave. (You meet 6 before 3.) Part 3 compares
 gradients. Part 4 measures time. Part 5 has flags, helpers, and guards against rare
 failures. You can skip it.
 
@@ -105,9 +105,7 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: its methods, and model.module, bypass DDP. A batch may have no
-    items, only padding. Its loss is not used, and may be NaN, but its gradients must be
-    0, as with cross_entropy. (If you divide by a count yourself, use max(count, 1).)
+    model(...) itself, because its methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -121,8 +119,12 @@ def count_items(batch):
     return len(labels)
 
 
-# Set this to True if count_items can differ between ranks, as token counts do. In each
-# step, the ranks then exchange their counts, so that every item counts the same.
+# Set this to True if count_items can differ between ranks, as numbers of tokens do. In
+# each step, the ranks then exchange these numbers, so that all items weigh the same.
+#
+# A batch may then have no items, only padding. The mean loss of no items is NaN. That
+# is fine with cross_entropy: the loss is multiplied by 0, and gives gradients of 0. If
+# you divide by a count yourself, divide by max(count, 1): 0 / 0 has NaN gradients.
 COUNTS_DIFFER = False
 
 
@@ -139,7 +141,7 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, total_steps, args):
     """Return a scheduler or None. Its step() is called after each optimizer step."""
-    return
+    return  # None: keep the learning rate
 
 
 def wrap_in_ddp(model):
@@ -153,17 +155,17 @@ def wrap_in_ddp(model):
 
 def main():
     args = parse_args()
-    store = open_store()  # a small key-value server, by which processes find each other
+    store = open_store()  # a small key-value server, through which processes meet
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     line = f"world size {args.world_size}, global batch {global_batch:,}"
     print(line if kind == "cuda" else f"{line}, {args.cores} cores", flush=True)
-    # DDP 1: launch. Start the processes. Each of them calls worker(rank, *arguments).
-    launch(worker, (args, store.host, store.port), args.world_size)
+    # DDP 1: launch. Start the processes. Each calls run_rank(rank, *arguments).
+    launch(run_rank, (args, store.host, store.port), args.world_size)
 
 
-def worker(rank, args, host, port):
+def run_rank(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
@@ -183,32 +185,33 @@ def worker(rank, args, host, port):
     except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
         traceback.print_exc()
         sys.exit(1)
-    leave_group()  # DDP 9: leave the process group, so that the process ends cleanly
+    leave_group()
     sys.exit(0 if is_right else 1)
 
 
 def compare(args, device, store):
-    """Check DDP, train both ways, report. Return False if this rank found it wrong."""
+    """Check DDP, train both ways, report. Return False if this rank finds DDP wrong."""
     rank = dist.get_rank()
-    ddp, normal = make_trainers(args, device, store)
-    figures = check_gradients(ddp, normal)
+    ddp_trainer, normal_trainer = make_trainers(args, device, store)
+    figures = check_gradients(ddp_trainer, normal_trainer)
     results = {"normal": [], "ddp": []}  # what train_epoch returns, for each epoch
     for epoch in range(args.epochs):
         # The two ways take turns in going first, so that neither is favoured.
         for way in ("normal", "ddp") if epoch % 2 == 0 else ("ddp", "normal"):
             if way == "ddp":
-                results["ddp"].append(ddp.train_epoch(epoch))
+                results["ddp"].append(ddp_trainer.train_epoch(epoch))
             elif rank == 0:
-                results["normal"].append(normal.train_epoch(epoch))
-            # While rank 0 trains normally, the others wait here, even past --timeout.
+                results["normal"].append(normal_trainer.train_epoch(epoch))
+            # Normal training may take longer than --timeout. This wait has no limit.
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
-    figures["same_weights"] = compare_weights(ddp.model)
-    figures.update(measure_step(ddp, results["ddp"]))
+    figures["same_weights"] = compare_weights(ddp_trainer.model)  # of all ranks
+    figures.update(measure_step(ddp_trainer, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    # When a process ends with an error, launch() ends all others. So report first.
+    # A rank that finds DDP wrong ends with an error, and launch() would then end rank
+    # 0. So wait until it has reported.
     others_wait_for_rank_0(store, "report")
     return figures["same_gradients"] is not False and figures["same_weights"]
 
@@ -226,22 +229,23 @@ def make_trainers(args, device, store):
         dataset, _ = make_datasets(args)
     compare_data(dataset, args)
     seed_everything(args.seed)
-    ddp = Trainer(args, device, dataset, make_model(args), is_ddp=True)
-    normal = None
-    is_new = True
+    model = make_model(args)
+    ddp_trainer = Trainer(args, device, dataset, model, is_ddp=True)
+    normal_trainer = None
+    shares_weights = False
     if rank == 0:
         seed_everything(args.seed)
-        model = make_model(args)  # some models cannot be copied by copy.deepcopy
-        model.load_state_dict(ddp.model.state_dict())
+        second = make_model(args)  # some models cannot be copied by copy.deepcopy
+        second.load_state_dict(model.state_dict())
         # If make_model returns the same model again, both ways would train it.
-        pairs = zip(model.parameters(), ddp.model.parameters())
-        is_new = not any(one is other for one, other in pairs)
-        normal = Trainer(args, device, dataset, model, is_ddp=False)
-    if not all(gather_from_all(is_new)):
+        shares_weights = not set(model.parameters()).isdisjoint(second.parameters())
+        normal_trainer = Trainer(args, device, dataset, second, is_ddp=False)
+    if any(gather_from_all(shares_weights)):
         stop("make_model has to return a new model on each call")
-    if any(isinstance(m, nn.SyncBatchNorm) for m in ddp.model_to_call.modules()):
+    modules = ddp_trainer.model_to_call.modules()
+    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
         stop("SyncBatchNorm needs several ranks, and normal training has only one")
-    return ddp, normal
+    return ddp_trainer, normal_trainer
 
 
 class Trainer:
@@ -249,14 +253,14 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.averages = is_ddp  # averages gradients; measure_step turns this off
+        self.average_gradients = is_ddp  # measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its
         # part of the samples. If their order is a b c d, a step with batches of 2 has
         #     with DDP:  a c on rank 0, b d on rank 1
         #     normally:  a b, then c d
-        # The last samples of the dataset, too few for a batch of each rank, are unused.
+        # The last samples, too few for one more batch per rank, are never used.
         batch_of_all_ranks = args.batch_size * args.world_size  # in samples
         num_samples = len(dataset) // batch_of_all_ranks * batch_of_all_ranks
         indices = range(num_samples)  # the sampler only needs their number
@@ -273,9 +277,9 @@ class Trainer:
         self.model = model.to(device)
         self.model_to_call = self.model
         if is_ddp:
-            # DDP 5: wrap. This sends the weights of rank 0 to all ranks. From now on,
-            # call this model to train: only then does backward() average the gradients
-            # over the ranks. So all ranks take the same step and keep equal weights.
+            # DDP 5: wrap. This sends the weights of rank 0 to all ranks. To train, call
+            # the wrapped model: only then does backward() average the gradients over
+            # the ranks. So all ranks take the same step and keep equal weights.
             self.model_to_call = wrap_in_ddp(self.model)  # shares the weights
         self.optimizer = make_optimizer(self.model, args)
         total_steps = args.epochs * self.num_steps
@@ -309,45 +313,50 @@ class Trainer:
 
     def train_step(self, batches, metrics):
         """Take one optimizer step. With DDP, all ranks take it together."""
+        args = self.args
         # Count before the batches go to the GPU: reading a number from there would make
         # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
-        # Wanted: the sum of the losses of all items, divided by their number. As DDP
-        # divides by the number of ranks, a rank divides by the mean count of the ranks.
-        # With 10 items on rank 0 and 30 on rank 1, this is 20, and DDP computes
-        # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40. (Normal training: 40.)
-        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
-        if self.averages and COUNTS_DIFFER:
-            divisor = mean_over_ranks(divisor, self.device)
-        self.accumulate_gradients(batches, counts, divisor, metrics)
+        factors = self.loss_factors(counts)
+        for index, batch in enumerate(batches):
+            # DDP 5, again: gradients add up. So only the last backward() has to average
+            # them over the ranks. no_sync() turns this off before. It has to be around
+            # the forward pass, too, in which DDP prepares to average.
+            is_last = index == len(batches) - 1
+            skip_average = self.is_ddp and not (is_last and self.average_gradients)
+            with self.model_to_call.no_sync() if skip_average else nullcontext():
+                with self.autocast:
+                    batch = to_device(batch, self.device, non_blocking=True)
+                    loss, sums = compute_loss(self.model_to_call, batch)
+                # Even a batch without items needs backward(): other ranks may wait.
+                self.scaler.scale(loss * factors[index]).backward()
+            metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)
-        if self.args.max_grad_norm:
-            parameters = self.model.parameters()
-            nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def accumulate_gradients(self, batches, counts, divisor, metrics):
-        """Compute the gradients of the mean loss over all items of a step."""
-        for index, (batch, count) in enumerate(zip(batches, counts)):
-            # DDP 5, again: gradients add up. So only the last backward() has to average
-            # them over the ranks. no_sync() turns this off for the others. It has to be
-            # around the forward pass, too, in which DDP prepares to average.
-            is_last = index == len(batches) - 1
-            skip_average = self.is_ddp and not (is_last and self.averages)
-            with self.model_to_call.no_sync() if skip_average else nullcontext():
-                with self.autocast:
-                    batch = to_device(batch, self.device, non_blocking=True)
-                    loss, sums = compute_loss(self.model_to_call, batch)
-                # loss * count is the sum of the losses in this batch. A batch without
-                # items needs backward(), too, because other ranks wait for it. Its loss
-                # may be NaN, but only the factor, 0.0, is passed back to the gradients.
-                factor = count / divisor if count else 0.0
-                self.scaler.scale(loss * factor).backward()
-            metrics.add(loss, sums, count)
+    def loss_factors(self, counts):
+        """Return the factors by which the mean losses of the batches are multiplied.
+
+        `counts` has the numbers of items in the batches. The loss of a step is the mean
+        over the items of all ranks. So the mean loss of a batch is multiplied by its
+        count, and all are divided by the total. As DDP divides by the number of ranks,
+        a rank divides by the mean count of the ranks. With 10 items on rank 0 and 30 on
+        rank 1, this is 20. If their losses add up to sum_0 and sum_1, DDP computes
+        (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40. (Normal training has all
+        40 items, and divides by 40.)
+        """
+        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
+        if self.average_gradients and COUNTS_DIFFER:
+            total = torch.full((), divisor, device=self.device)
+            dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
+            divisor = total / self.num_ranks
+        return [count / divisor if count else 0.0 for count in counts]
 
 
 class Metrics:
@@ -361,9 +370,9 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = (self.zero + mean_loss) * count  # in float64
+            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
             for name, value in {"loss": loss_sum, **sums}.items():
-                # To read a value, as .item() does, would make the CPU wait for the GPU.
+                # Reading a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
@@ -382,46 +391,57 @@ class Metrics:
         return {name: total / count for name, total in totals.items()}
 
 
+def leave_group():
+    """Leave the process group, so that the process ends cleanly."""
+    # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
+    # exists, or if a thread of Gloo is busy. So free the model, and wait briefly.
+    gc.collect()
+    time.sleep(0.1)
+    dist.destroy_process_group()  # DDP 9: leave
+
+
 # ---- Part 3: does DDP compute the right gradients? ----
 
 
-def check_gradients(ddp, normal):
+def check_gradients(ddp_trainer, normal_trainer):
     """Compare DDP's gradients of one batch per rank with those of normal training.
 
-    With a single batch, this does not check accumulation, nor clipping and the
-    optimizer. Nothing is trained. Rank 0 prints the result. Returns figures.
+    It does not check accumulation, clipping or the optimizer. Nothing is trained.
+    Rank 0 prints the result. Returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
     # training. So even random augmentation is the same both ways. (A view would be sent
     # with the whole tensor behind it, so this sends copies.)
-    batch = to_device(next(iter(ddp.loader)), "cpu", copy=True)
-    batches = [None] * ddp.num_ranks if ddp.rank == 0 else None
+    batch = to_device(next(iter(ddp_trainer.loader)), "cpu", copy=True)
+    batches = [None] * ddp_trainer.num_ranks if ddp_trainer.rank == 0 else None
     dist.gather_object(batch, batches)
-    found = take_gradients(ddp, [batch])
-    if ddp.rank > 0:
+    found = take_gradients(ddp_trainer, [batch])
+    if ddp_trainer.rank > 0:
         return {"same_gradients": None}  # only rank 0 knows
-    expected = take_gradients(normal, batches)
+    expected = take_gradients(normal_trainer, batches)
     difference, name = largest_difference(expected, found)
     # In tests on CPUs, right gradients differed by up to 1e-6, from rounding, and wrong
     # ones by 0.03 or more. GPUs and low precision round more.
-    is_exact = ddp.args.precision == "float32" and ddp.device.type == "cpu"
-    is_exact = is_exact and all(g.element_size() >= 4 for g in found.values())
-    same = difference < (1e-3 if is_exact else 1e-2)
+    has_16_bits = any(gradient.element_size() < 4 for gradient in found.values())
+    is_low = has_16_bits or ddp_trainer.args.precision != "float32"
+    is_rough = is_low or ddp_trainer.device.type == "cuda"
+    same = difference < (1e-2 if is_rough else 1e-3)
     if not same:
-        # Wrong, or only noise? See how much normal training differs from itself.
-        noise, _ = largest_difference(expected, take_gradients(normal, batches))
+        # Is it wrong, or only noise? See how much normal training differs from itself.
+        # If that is large, or not far below the difference found, we cannot tell.
+        noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
-    text = "DDP is right: its gradients match those of normal training (largest"
-    text += f" relative difference: {difference:.1g})."
+    text = f"""DDP is right: its gradients match those of normal training (largest
+        relative difference: {difference:.1g})."""
     if same is False:
-        text = "DDP is WRONG: its gradients differ from those of normal training, by"
-        text += f" {difference:.1g} (relative difference) in {name}."
-        text += ' See "Wrong" in the README.'
+        text = f"""DDP is WRONG: its gradients differ from those of normal training, by
+            {difference:.1g} (relative difference) in {name}. See "Wrong" in the
+            README."""
     elif same is None:
-        text = "Cannot tell if DDP is right: even normal training, done twice, gives"
-        text += ' different gradients, or infinite ones. See "Not repeatable" in the'
-        text += " README."
+        text = """Cannot tell if DDP is right: even normal training, done twice, gives
+            different gradients, or infinite ones. See "Not repeatable" in the
+            README."""
     print_wrapped(text)
     size = sum(gradient.nbytes for gradient in expected.values())
     figures = {"same_gradients": same, "gradient_difference": difference}
@@ -432,35 +452,33 @@ def take_gradients(trainer, batches):
     """Return the gradients, by parameter. The model stays as it was.
 
     With DDP, `batches` has the batch of this rank, and backward() averages over the
-    ranks. Normal training imitates this. It has one batch of each rank. Their gradients
-    add up, and are divided by the number of batches in the end. (So, unlike train_step,
-    this divides losses by the mean count.) Each batch gets the same seed and state.
+    ranks. Normal training has one batch of each rank, and adds up their gradients.
     """
     counts = [float(count_items(batch)) for batch in batches]
-    mean_count = sum(counts) / len(batches)
-    if trainer.is_ddp and COUNTS_DIFFER:
-        mean_count = mean_over_ranks(mean_count, trainer.device)
+    factors = trainer.loss_factors(counts)
+    # This is only for rounding. DDP adds up the ranks' gradients, and then divides them
+    # by the number of ranks. To round in the same way, normal training multiplies the
+    # loss by that number, and divides the gradients by it.
+    num_ranks = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
-    metrics = Metrics(trainer.device)  # not needed here
     state = copy.deepcopy(model.state_dict())
-    # float16's large scale could make gradients infinite.
-    scaler, trainer.scaler = trainer.scaler, torch.amp.GradScaler(enabled=False)
     trainer.model_to_call.train()
-    for batch, count in zip(batches, counts):
-        seed_everything(trainer.args.seed)
+    for batch, factor in zip(batches, factors):
+        seed_everything(trainer.args.seed)  # for the same dropout
         model.load_state_dict(state)  # BatchNorm's statistics may have changed
-        batch = copy.copy(batch)  # compute_loss may change it, as by batch.pop()
-        trainer.accumulate_gradients([batch], [count], mean_count, metrics)
+        with trainer.autocast:
+            # a copy, because compute_loss may change the batch, as by batch.pop()
+            batch = to_device(copy.copy(batch), trainer.device)
+            loss, _ = compute_loss(trainer.model_to_call, batch)
+        (loss * (factor * num_ranks)).backward()
     model.load_state_dict(state)
-    trainer.scaler = scaler
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradient = gradient.detach().to_dense().cpu()
-            gradients[name] = gradient if trainer.is_ddp else gradient / len(batches)
+            gradients[name] = gradient.detach().to_dense().cpu() / num_ranks
     model.zero_grad()
     return gradients
 
@@ -499,26 +517,26 @@ def median_step_ms(results, num_steps):
     return 1000 * seconds / num_steps
 
 
-def measure_step(ddp, results):
+def measure_step(ddp_trainer, results):
     """Return figures: the ms that a DDP step takes to read, compute and synchronise.
 
     All ranks have to call this, after training: it spoils the weights.
     """
-    whole_ms = median_step_ms(results, ddp.num_steps)
-    repeats = [max(2, round(400 / whole_ms))]  # for about 0.4 seconds
-    dist.broadcast_object_list(repeats, 0)  # all ranks take rank 0's number
-    batches = list(islice(ddp.loader, 4 * ddp.batches_per_step))
-    # The model overfits these few batches. Tiny gradients slow CPUs: round them to 0.
+    whole_ms = median_step_ms(results, ddp_trainer.num_steps)
+    # Repeat steps for about 0.4 seconds. All ranks take the same number, rank 0's.
+    repeats = max(2, round(400 / gather_from_all(whole_ms)[0]))
+    batches = list(islice(ddp_trainer.loader, 4 * ddp_trainer.batches_per_step))
+    # As the model overfits these few batches, its gradients become tiny. Denormal
+    # numbers are slow on CPUs, so round them to 0.
     torch.set_flush_denormal(True)
     # Time steps without reading data, then also without averaging anything. The
     # differences are the parts. (min() keeps noise from making a part negative.)
-    no_data_ms = min(time_steps(ddp, batches, repeats[0]), whole_ms)
-    ddp.averages = False
-    compute_ms = min(time_steps(ddp, batches, repeats[0]), no_data_ms)
-    torch.set_flush_denormal(False)
+    no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
+    ddp_trainer.average_gradients = False
+    compute_ms = min(time_steps(ddp_trainer, batches, repeats), no_data_ms)
     parts = {"data": whole_ms - no_data_ms, "compute": compute_ms}
     parts["sync"] = no_data_ms - compute_ms
-    figures = {"steps_per_epoch": ddp.num_steps, "ddp_step_ms": parts}
+    figures = {"steps_per_epoch": ddp_trainer.num_steps, "ddp_step_ms": parts}
     return {**figures, "compute_ms_by_rank": gather_from_all(compute_ms)}
 
 
@@ -529,7 +547,7 @@ def time_steps(trainer, batches, repeats):
     trainer.scheduler = None  # it has done all of its steps
     metrics = Metrics(trainer.device)
     for repeat in range(repeats + 1):
-        if repeat == 1:  # the first step warmed up
+        if repeat == 1:  # the first step was a warm-up
             metrics.means(of_all_ranks=False)  # waits until the GPU has done all work
             start = time.perf_counter()
         step = [copy.copy(batch) for batch in steps[repeat % len(steps)]]
@@ -539,7 +557,7 @@ def time_steps(trainer, batches, repeats):
 
 
 def report(figures, results, args):
-    """Print times, where a step's time goes, and a verdict. Write the --json file."""
+    """Print times and a verdict, and write all figures to the file of --json."""
     figures.update(results)
     for name, way in (("Normal", "normal"), ("DDP", "ddp")):
         seconds = sum(result["seconds"] for result in results[way])
@@ -547,7 +565,7 @@ def report(figures, results, args):
     parts = figures["ddp_step_ms"]
     ddp_ms = sum(parts.values())
     pairs = list(zip(results["normal"], results["ddp"]))
-    ratios = [one["seconds"] / other["seconds"] for one, other in pairs[1:] or pairs]
+    ratios = [normal["seconds"] / ddp["seconds"] for normal, ddp in pairs[1:] or pairs]
     normal_ms = median_step_ms(results["normal"], figures["steps_per_epoch"])
     figures["normal_step_ms"], figures["speedup"] = normal_ms, normal_ms / ddp_ms
     figures["speedup_range"] = [min(ratios), max(ratios)]
@@ -574,12 +592,11 @@ def verdict(figures, args):
         how = "DDP is faster"
     elif highest < 1 and speedup < 0.9:
         how = "DDP is slower"
-    used = f"{args.threads} of {args.cores} cores"
-    if torch.cuda.is_available():
-        used = "one GPU"
-    text = f"{how}: {speedup:.2f} times the speed of normal training ({lowest:.2f} to"
-    text += f" {highest:.2f} per epoch), where {args.world_size} would be ideal. Normal"
-    return f"{text} training used {used}, and batches of {args.batch_size}."
+    has_gpu = torch.cuda.is_available()
+    used = "one GPU" if has_gpu else f"{args.threads} of {args.cores} cores"
+    return f"""{how}: {speedup:.2f} times the speed of normal training ({lowest:.2f} to
+        {highest:.2f} per epoch), where {args.world_size} would be ideal. Normal
+        training used {used}, and batches of {args.batch_size}."""
 
 
 def advice(figures, args):
@@ -592,17 +609,17 @@ def advice(figures, args):
     if args.world_size == 1:
         return "With one process, DDP cannot be faster."
     if args.world_size > devices:
-        text = f"{args.world_size} processes share {devices} {kind}: start at most"
-        return f"{text} {devices}."
+        return f"""{args.world_size} processes share {devices} {kind}: start at most
+            {devices}."""
     text = ""
     if gpus:
-        text = "One GPU may also be faster with larger batches. To see, compare with"
-        text += " the samples/s of --world_size 1 --batch_size"
-        text += f" {args.world_size * args.batch_size}. "
+        text = f"""One GPU may be faster with larger batches, too. To find out, compare
+            the samples/s of --world_size 1 --batch_size
+            {args.world_size * args.batch_size}. """
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
-        text += f"Rank {by_rank.index(slowest)} computes {slowest / usual:.1f} times as"
-        return f"{text} long as a typical rank, and the others wait for it."
+        return f"""{text}Rank {by_rank.index(slowest)} computes {slowest / usual:.1f}
+            times as long as a typical rank, and the others wait for it."""
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
@@ -610,36 +627,37 @@ def advice(figures, args):
         return f"{text}The largest part of a step is computing, as it should be."
     # With n times the batches in a step, everything takes n times as long, except sync.
     normal = figures["normal_step_ms"]
-    speedup = {n: n * normal / (n * (data + compute) + sync) for n in (2, 4, 8)}
-    if speedup[8] < 1.1:  # even if gradients are averaged less often
+    predicted = {n: n * normal / (n * (data + compute) + sync) for n in (2, 4, 8)}
+    if predicted[8] < 1.1:  # even with 8 times the batches
         return f"{text}There is too little work to share: use a larger model or batch."
-    text += "Averaging gradients takes up much of a step. The speedup would be about"
-    batches = args.grad_accum_steps
-    text += f" {speedup[2]:.1f} with --grad_accum_steps {2 * batches}, and"
-    text += f" {speedup[4]:.1f} with {4 * batches}. Both enlarge the global batch, so"
-    return f"{text} mind the learning rate."
+    accumulated = args.grad_accum_steps
+    return f"""{text}Averaging gradients takes up much of a step. The speedup would be
+        about {predicted[2]:.1f} with --grad_accum_steps {2 * accumulated}, and
+        {predicted[4]:.1f} with {4 * accumulated}. Both enlarge the global batch, so
+        you may have to tune the learning rate again."""
 
 
 def print_wrapped(text):
-    print(textwrap.fill(text, 80, break_on_hyphens=False))
+    words = " ".join(text.split())  # without the line breaks and indents of the source
+    print(textwrap.fill(words, 80, break_on_hyphens=False))
 
 
 # ---- Part 5: flags, helpers and guards. ----
 
 
 def parse_flags(parser, *more_numbers):
-    """Add the common flags, and return all arguments."""
+    """Add the flags that torchrun_ddp.py and ddp.py share. Return all arguments."""
     numbers = [  # with their defaults and smallest values
         *more_numbers,
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
-        ("--learning_rate", 0.01, 0, "learning rate of Adam"),
+        ("--learning_rate", 0.01, 0, "passed to make_optimizer"),
         ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
         ("--dataset_length", 20000, 1, "samples in the dataset"),
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
-        ("--seed", 0, 0, "of weights, data and shuffling"),
+        ("--seed", 0, 0, "seed of the weights, data and shuffling"),
         ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
     ]
     add = parser.add_argument
@@ -683,7 +701,7 @@ def parse_args():
 
 
 def use_definitions(path):
-    """Replace the definitions of part 1 by those in this Python file."""
+    """Replace the definitions of part 1 with those in this Python file."""
     names = ["MyDataset", "MyModel", "make_datasets", "make_model", "compute_loss"]
     names += ["count_items", "COUNTS_DIFFER", "collate", "make_optimizer"]
     names += ["make_scheduler", "wrap_in_ddp"]
@@ -696,6 +714,9 @@ def use_definitions(path):
         print(f"From {path}: {', '.join(found) or 'none of ' + ', '.join(names)}")
     if not found:
         sys.exit(2)
+
+
+# Helpers.
 
 
 def make_loader(dataset, batch_sampler, args):
@@ -722,6 +743,7 @@ def seed_everything(seed):
 def choose_device(args, local_rank):
     """Return this process's device. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # NCCL 2.30 can share GPUs, too, if this is set. It is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
         problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
@@ -766,13 +788,6 @@ def warn_unless_same(value, warning):
     return is_same
 
 
-def mean_over_ranks(number, device):
-    """Return the mean of a number over all ranks. All ranks have to call this."""
-    total = torch.full((), number, device=device)
-    dist.all_reduce(total)  # now it is the sum over all ranks
-    return total / dist.get_world_size()
-
-
 def others_wait_for_rank_0(store, event):
     """Let the other ranks wait until rank 0 calls this, too, for the same event.
 
@@ -785,6 +800,17 @@ def others_wait_for_rank_0(store, event):
 
 def as_text(means):
     return "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+
+
+def stop(reason):
+    """Print the reason once, and end. All ranks have to call this."""
+    if dist.get_rank() == 0:
+        print(reason, file=sys.stderr, flush=True)
+    leave_group()
+    sys.exit(1)
+
+
+# Processes. torchrun would do all of this.
 
 
 def open_store():
@@ -829,19 +855,23 @@ def launch(function, arguments, num_processes):
             process.kill()
 
 
-def stop(reason):
-    """Print the reason once, and end. All ranks have to call this."""
-    if dist.get_rank() == 0:
-        print(reason, file=sys.stderr, flush=True)
-    leave_group()
-    sys.exit(1)
+def prepare_process(rank, args):
+    """Set up this process as torchrun would, and guard it."""
+    guard_process(args)
+    if os.getppid() != mp.parent_process().pid:  # the parent has ended already
+        sys.exit(1)
+    # mp.spawn has set "spawn", which DataLoader workers would use, too. Undo that.
+    mp.set_start_method(None, force=True)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(args.world_size)
+    torch.set_num_threads(args.threads)
 
 
 # Guards. Each prevents a failure, or reports one that would go unnoticed.
 
 
 def compare_data(dataset, args):
-    """Stop if the ranks' datasets differ in length; warn if some samples differ."""
+    """Stop if datasets differ in length or are too short; warn if samples differ."""
     length = len(dataset)
     lengths = gather_from_all(length)
     if len(set(lengths)) > 1:
@@ -865,39 +895,19 @@ def compare_weights(model):
     return warn_unless_same(norms, warning)
 
 
-def prepare_process(rank, args):
-    """Set up this process as torchrun would, and guard it."""
-    guard_process(args)
-    if os.getppid() != mp.parent_process().pid:  # the parent has ended already
-        sys.exit(1)
-    # mp.spawn has set "spawn", which DataLoader workers would use, too. Undo that.
-    mp.set_start_method(None, force=True)
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(args.world_size)
-    torch.set_num_threads(args.threads)
-
-
 def guard_process(args):
     """Guard against rare failures of a process. Call it before init_process_group."""
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in files, too
     # If the process that started this one is killed, let Linux kill this one, too.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if args.backend == "gloo":
-        # Some optimizers import this. After init_process_group, the import would keep
-        # the group alive, and Gloo can abort when the process ends.
-        importlib.import_module("torch.distributed.nn")
-        # Before Python 3.12, a DataLoader worker can hang when it is forked while a
-        # thread of Gloo frees a message. A short wait lets that thread finish.
-        if sys.version_info < (3, 12):
-            os.register_at_fork(before=lambda: time.sleep(0.05))
-
-
-def leave_group():
-    """Leave the process group. Gloo could otherwise abort: pytorch issue 190489."""
-    gc.collect()  # frees the DDP model, which keeps the group alive
-    time.sleep(0.1)  # a thread of Gloo may still be freeing the last message
-    dist.destroy_process_group()
+    # Some optimizers import this. After init_process_group, the import would keep the
+    # process group alive, and Gloo could abort when the process ends.
+    importlib.import_module("torch.distributed.nn")
+    # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread
+    # of Gloo frees a message. A short wait lets that thread finish.
+    if args.backend == "gloo" and sys.version_info < (3, 12):
+        os.register_at_fork(before=lambda: time.sleep(0.05))
 
 
 if __name__ == "__main__":

@@ -90,9 +90,7 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: its methods, and model.module, bypass DDP. A batch may have no
-    items, only padding. Its loss is not used, and may be NaN, but its gradients must be
-    0, as with cross_entropy. (If you divide by a count yourself, use max(count, 1).)
+    model(...) itself, because its methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -106,8 +104,12 @@ def count_items(batch):
     return len(labels)
 
 
-# Set this to True if count_items can differ between ranks, as token counts do. In each
-# step, the ranks then exchange their counts, so that every item counts the same.
+# Set this to True if count_items can differ between ranks, as numbers of tokens do. In
+# each step, the ranks then exchange these numbers, so that all items weigh the same.
+#
+# A batch may then have no items, only padding. The mean loss of no items is NaN. That
+# is fine with cross_entropy: the loss is multiplied by 0, and gives gradients of 0. If
+# you divide by a count yourself, divide by max(count, 1): 0 / 0 has NaN gradients.
 COUNTS_DIFFER = False
 
 
@@ -124,7 +126,7 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, total_steps, args):
     """Return a scheduler or None. Its step() is called after each optimizer step."""
-    return
+    return  # None: keep the learning rate
 
 
 def wrap_in_ddp(model):
@@ -153,8 +155,8 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()
-    leave_group()  # DDP 9: leave the process group, so that the process ends cleanly
+    Trainer(args, device).train()  # not kept, so that leave_group can free the model
+    leave_group()
 
 
 class Trainer:
@@ -169,7 +171,7 @@ class Trainer:
         is_first = os.environ["LOCAL_RANK"] == "0"
         if is_first:
             self.dataset, validation_set = make_datasets(args)
-        gather_from_all(None)  # the other ranks wait here, at most --timeout
+        gather_from_all(None)  # a barrier: the others wait here, at most --timeout
         if not is_first:
             self.dataset, validation_set = make_datasets(args)
         compare_data(self.dataset, args)
@@ -178,11 +180,12 @@ class Trainer:
         # parts have the same number of full batches. What is left over is not used in
         # this epoch. Choose the learning rate for the global batch, which is what all
         # ranks together process in an optimizer step.
-        self.batch_of_all_ranks = args.batch_size * self.world_size  # in samples
-        self.global_batch = self.batch_of_all_ranks * args.grad_accum_steps
+        self.samples_at_once = args.batch_size * self.world_size  # a batch per rank
+        self.global_batch = self.samples_at_once * args.grad_accum_steps
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
         )
+        # A list of indices for each batch, so that a resumed epoch can skip batches.
         self.batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
         self.loader = make_loader(self.dataset, self.batch_sampler, args)
         self.validation_loader = None
@@ -192,7 +195,7 @@ class Trainer:
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-        seed_everything(args.seed)  # for the same weights in every run
+        seed_everything(args.seed)  # so that every run begins with the same weights
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
@@ -236,7 +239,7 @@ class Trainer:
             print(f"DDP training time: {total_seconds:.2f} seconds")
 
     def train_epoch(self):
-        """Train for one epoch. Return its mean metrics, samples and seconds."""
+        """Train for the rest of an epoch. Return mean metrics, samples and seconds."""
         # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
         # should differ between epochs and between ranks, too.
         self.sampler.set_epoch(self.epochs_done)
@@ -257,13 +260,13 @@ class Trainer:
             del step_batches  # frees these batches before the next ones are read
             save_now = self.args.save_every and steps_done % self.args.save_every == 0
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
-                save_snapshot(self, self.args.snapshot_path)  # train() saves at the end
+                save_snapshot(self, self.args.snapshot_path)  # train() saves the last
         means = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
         if not COUNTS_DIFFER:
             warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
             warn_unless_same(metrics.count, warning)
-        return means, len(epoch_loader) * self.batch_of_all_ranks, seconds
+        return means, len(epoch_loader) * self.samples_at_once, seconds
 
     def train_step(self, batches, metrics):
         """Take one optimizer step, on these batches and those of the other ranks."""
@@ -271,30 +274,19 @@ class Trainer:
         # Count before the batches go to the GPU: reading a number from there would make
         # the CPU wait.
         counts = [float(count_items(batch)) for batch in batches]
-        # Wanted: the sum of the losses of all items, divided by their number. As DDP
-        # divides by the number of ranks, a rank divides by the mean count of the ranks.
-        # With 10 items on rank 0 and 30 on rank 1, this is 20, and DDP computes
-        # (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
-        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
-        if COUNTS_DIFFER:
-            total = torch.full((), divisor, device=self.device)
-            dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
-            divisor = total / self.world_size
-        for index, (batch, count) in enumerate(zip(batches, counts)):
+        factors = self.loss_factors(counts)
+        for index, batch in enumerate(batches):
             # DDP 5, again: gradients add up. So only the last backward() has to average
-            # them over the ranks. no_sync() turns this off for the others. It has to be
-            # around the forward pass, too, in which DDP prepares to average.
+            # them over the ranks. no_sync() turns this off before. It has to be around
+            # the forward pass, too, in which DDP prepares to average.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # loss * count is the sum of the losses in this batch. A batch without
-                # items needs backward(), too, because other ranks wait for it. Its loss
-                # may be NaN, but only the factor, 0.0, is passed back to the gradients.
-                factor = count / divisor if count else 0.0
-                self.scaler.scale(loss * factor).backward()
-            metrics.add(loss, sums, count)
+                # Even a batch without items needs backward(): other ranks may wait.
+                self.scaler.scale(loss * factors[index]).backward()
+            metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
@@ -303,6 +295,23 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad()
+
+    def loss_factors(self, counts):
+        """Return the factors by which the mean losses of the batches are multiplied.
+
+        `counts` has the numbers of items in the batches. The loss of a step is the mean
+        over the items of all ranks. So the mean loss of a batch is multiplied by its
+        count, and all are divided by the total. As DDP divides by the number of ranks,
+        a rank divides by the mean count of the ranks. With 10 items on rank 0 and 30 on
+        rank 1, this is 20. If their losses add up to sum_0 and sum_1, DDP computes
+        (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+        """
+        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
+        if COUNTS_DIFFER:
+            total = torch.full((), divisor, device=self.device)
+            dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
+            divisor = total / self.world_size
+        return [count / divisor if count else 0.0 for count in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -336,9 +345,9 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = (self.zero + mean_loss) * count  # in float64
+            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
             for name, value in {"loss": loss_sum, **sums}.items():
-                # To read a value, as .item() does, would make the CPU wait for the GPU.
+                # Reading a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
@@ -352,6 +361,15 @@ class Metrics:
             for name, value in rank_sums.items():
                 totals[name] = totals.get(name, 0.0) + value
         return {name: total / count for name, total in totals.items()}
+
+
+def leave_group():
+    """Leave the process group, so that the process ends cleanly."""
+    # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
+    # exists, or if a thread of Gloo is busy. So free the model, and wait briefly.
+    gc.collect()
+    time.sleep(0.1)
+    dist.destroy_process_group()  # DDP 9: leave
 
 
 # ---- Part 3: snapshots. ----
@@ -373,7 +391,7 @@ def save_snapshot(trainer, path):
         "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
         "scaler": trainer.scaler.state_dict(),
         "epochs_done": trainer.epochs_done,
-        "samples_done": trainer.batches_done * trainer.batch_of_all_ranks,
+        "samples_done": trainer.batches_done * trainer.samples_at_once,
         "settings": trainer.settings,
         "global_batch": trainer.global_batch,
         "saved_at": trainer.saved_at,
@@ -420,15 +438,15 @@ def restore(trainer, snapshot):
     trainer.saved_at = snapshot["saved_at"]
     trainer.epochs_done = snapshot["epochs_done"]
     # Round down: if the number of ranks has changed, a batch may be done in part. Leave
-    # at least one batch.
-    batches_done = snapshot["samples_done"] // trainer.batch_of_all_ranks
+    # at least one batch, so that the epoch is not empty.
+    batches_done = snapshot["samples_done"] // trainer.samples_at_once
     trainer.batches_done = min(batches_done, len(trainer.loader) - 1)
     if trainer.rank == 0:
-        samples = trainer.batches_done * trainer.batch_of_all_ranks
+        samples = trainer.batches_done * trainer.samples_at_once
         print(f"resuming after {trainer.epochs_done} epochs and {samples} samples")
         if snapshot["global_batch"] != trainer.global_batch:
             change = f"{snapshot['global_batch']} to {trainer.global_batch}"
-            print(f"the global batch changes from {change}, but not the learning rate")
+            print(f"the global batch changes from {change}; the learning rate does not")
 
 
 def settings_to_keep(trainer):
@@ -453,18 +471,18 @@ def settings_to_keep(trainer):
 
 
 def parse_flags(parser, *more_numbers):
-    """Add the common flags, and return all arguments."""
+    """Add the flags that torchrun_ddp.py and ddp.py share. Return all arguments."""
     numbers = [  # with their defaults and smallest values
         *more_numbers,
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
-        ("--learning_rate", 0.01, 0, "learning rate of Adam"),
+        ("--learning_rate", 0.01, 0, "passed to make_optimizer"),
         ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
         ("--dataset_length", 20000, 1, "samples in the dataset"),
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
-        ("--seed", 0, 0, "of weights, data and shuffling"),
+        ("--seed", 0, 0, "seed of the weights, data and shuffling"),
         ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
     ]
     add = parser.add_argument
@@ -494,14 +512,15 @@ def parse_args():
     help = "save to FILE after every epoch, and resume from it if it exists"
     parser.add_argument("--snapshot_path", metavar="FILE", help=help)
     args = parse_flags(
-        parser, ("--save_every", 0, 0, "also save every N steps; 0: do not")
+        parser, ("--save_every", 0, 0, "also save every N steps of an epoch; 0: do not")
     )
     env = os.environ
     if "LOCAL_RANK" not in env:
         parser.error("start this script with torchrun, as --help shows")
     if args.save_every and not args.snapshot_path:
         parser.error("--save_every needs --snapshot_path")
-    # By default, torchrun's store keeps addresses of dead ranks when it restarts ranks.
+    # Without this setting, restarted ranks find the old ranks' addresses in torchrun's
+    # store, and try to connect to dead processes.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"
@@ -510,7 +529,7 @@ def parse_args():
 
 
 def use_definitions(path):
-    """Replace the definitions of part 1 by those in this Python file."""
+    """Replace the definitions of part 1 with those in this Python file."""
     names = ["MyDataset", "MyModel", "make_datasets", "make_model", "compute_loss"]
     names += ["count_items", "COUNTS_DIFFER", "collate", "make_optimizer"]
     names += ["make_scheduler", "wrap_in_ddp"]
@@ -523,6 +542,9 @@ def use_definitions(path):
         print(f"From {path}: {', '.join(found) or 'none of ' + ', '.join(names)}")
     if not found:
         sys.exit(2)
+
+
+# Helpers.
 
 
 def make_loader(dataset, batch_sampler, args):
@@ -549,6 +571,7 @@ def seed_everything(seed):
 def choose_device(args, local_rank):
     """Return this process's device. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # NCCL 2.30 can share GPUs, too, if this is set. It is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
         problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
@@ -609,7 +632,7 @@ def stop(reason):
 
 
 def compare_data(dataset, args):
-    """Stop if the ranks' datasets differ in length; warn if some samples differ."""
+    """Stop if datasets differ in length or are too short; warn if samples differ."""
     length = len(dataset)
     lengths = gather_from_all(length)
     if len(set(lengths)) > 1:
@@ -639,21 +662,13 @@ def guard_process(args):
     # If the process that started this one is killed, let Linux kill this one, too.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if args.backend == "gloo":
-        # Some optimizers import this. After init_process_group, the import would keep
-        # the group alive, and Gloo can abort when the process ends.
-        importlib.import_module("torch.distributed.nn")
-        # Before Python 3.12, a DataLoader worker can hang when it is forked while a
-        # thread of Gloo frees a message. A short wait lets that thread finish.
-        if sys.version_info < (3, 12):
-            os.register_at_fork(before=lambda: time.sleep(0.05))
-
-
-def leave_group():
-    """Leave the process group. Gloo could otherwise abort: pytorch issue 190489."""
-    gc.collect()  # frees the DDP model, which keeps the group alive
-    time.sleep(0.1)  # a thread of Gloo may still be freeing the last message
-    dist.destroy_process_group()
+    # Some optimizers import this. After init_process_group, the import would keep the
+    # process group alive, and Gloo could abort when the process ends.
+    importlib.import_module("torch.distributed.nn")
+    # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread
+    # of Gloo frees a message. A short wait lets that thread finish.
+    if args.backend == "gloo" and sys.version_info < (3, 12):
+        os.register_at_fork(before=lambda: time.sleep(0.05))
 
 
 if __name__ == "__main__":

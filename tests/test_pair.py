@@ -34,7 +34,10 @@ def test_the_marks_are_the_same_in_both_scripts_and_the_readme():
     for name in NAMES:
         code = source(name).split('"""', 2)[2]
         marks = re.findall(r"DDP (\d)(?=[:.])", code)  # not "DDP 5, again"
-        assert sorted(marks) == numbers, marks
+        if name == "ddp.py":  # only rank 0 prints: in the main loop, which comes first
+            assert marks.pop(2) == "6"
+            marks.insert(5, "6")
+        assert marks == numbers
     assert re.findall(r"^\| (\d) [a-z]", source("README.md"), re.MULTILINE) == numbers
 
 

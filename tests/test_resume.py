@@ -155,7 +155,7 @@ def test_the_world_size_may_change(results):
     resumes, batch, *epochs = results[3]["more ranks"]
     # Saved after 14 of 375 steps, of 8 samples. Rounded down to 9 batches of 12.
     assert resumes == "resuming after 0 epochs and 108 samples"
-    assert batch == "the global batch changes from 8 to 12, but not the learning rate"
+    assert batch == "the global batch changes from 8 to 12; the learning rate does not"
     assert len(epoch_lines("\n".join(epochs))) == 2
     snapshot = load(results["folder"] / "ranks.pt")
     assert snapshot["epochs_done"] == 2 and snapshot["samples_done"] == 0

@@ -141,7 +141,7 @@ def test_another_global_batch_is_only_mentioned(path, capfd):
     saved(path)
     trainer = untrained(snapshot_path=path, batch_size=8)
     assert trainer.batches_done == 1  # of 12 samples, rounded down
-    says = "the global batch changes from 4 to 8, but not the learning rate"
+    says = "the global batch changes from 4 to 8; the learning rate does not"
     assert says in capfd.readouterr().out
     untrained(snapshot_path=path, batch_size=2, grad_accum_steps=2)
     assert "global batch" not in capfd.readouterr().out
