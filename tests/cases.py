@@ -1,9 +1,9 @@
 """Run parts of the scripts in real processes, many cases in one start.
 
-    python cases.py WORLD_SIZE FILE
+    python cases.py FILE
 
-FILE has a list of cases, in JSON. A case is a dict: "run" names one of the functions
-below; "flags" are the scripts'; "args" are more arguments; all else names what of
+FILE has, in JSON, a list of pairs: a number of processes, and a list of cases. They run
+one after the other. A case is a dict: "run" names one of the functions below; "flags" are the scripts'; "args" are more arguments; all else names what of
 models.py takes the place of a part: {"run": "check", "MyModel": "CNN"}. Rank 0 prints a
 line of JSON for each case: what the function returned. All cases share a folder, so one
 can go on with what another has saved.
@@ -226,6 +226,8 @@ def worker(rank, world_size, port, cases):
 
 
 if __name__ == "__main__":
-    world_size, cases = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(worker, (world_size, server.port, cases), world_size)
+    for world_size, cases in json.loads(Path(sys.argv[1]).read_text()):
+        options = {"is_master": True, "wait_for_workers": False}
+        store = dist.TCPStore("127.0.0.1", 0, **options)
+        if cases:
+            mp.spawn(worker, (world_size, store.port, cases), world_size)

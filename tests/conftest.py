@@ -47,6 +47,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
         if "results" in item.fixturenames:  # the first one waits for all cases
             item.add_marker(pytest.mark.timeout(1000))
+    # While the cases run in the background, run tests that do not need them: first those
+    # that mostly wait.
+    items.sort(key=lambda item: not {"hosts", "training"} & {*item.fixturenames})
+    items.sort(key=lambda item: "results" in item.fixturenames)
 
 
 class Run:
@@ -172,35 +176,41 @@ def finish(start):
     return finish
 
 
-@pytest.fixture(scope="session")
-def all_results(request, tmp_path_factory):
-    """Run the cases of all test modules; one start runs all of a world size."""
+@pytest.fixture(scope="session", autouse=True)
+def running_cases(request, tmp_path_factory):
+    """Start the cases of all test modules, and return them: they run one by one."""
     items = [item for item in request.session.items if "results" in item.fixturenames]
+    if not items:
+        yield
+        return
     modules = list(dict.fromkeys(item.module for item in items))
     folder = copy_scripts(tmp_path_factory.mktemp("cases"))
     shutil.copytree(str(ROOT / "tests" / "examples"), str(folder / "examples"))
-    results = {module.__name__: {"folder": folder} for module in modules}
+    keys, cases = [], []
     for world_size in (2, 1, 3):
-        cases = []
+        cases.append([world_size, []])
         for module in modules:
-            results[module.__name__][world_size] = {}
             for name, case in module.CASES.get(world_size, {}).items():
                 if not case.get("slow") or request.config.getoption("--all"):
-                    cases.append((module.__name__, name, case))
-        if not cases:
-            continue
-        (folder / "cases.json").write_text(json.dumps([case for *_, case in cases]))
-        command = [sys.executable, "cases.py", str(world_size), "cases.json"]
-        env = {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}  # of examples
-        run = Run(command, folder, env)
-        try:
-            assert run.wait(300) == 0, run.stdout[-2000:] + run.stderr[-5000:]
-        finally:
-            run.kill_all()
-        lines = run.stdout.splitlines()
-        assert len(lines) == len(cases)
-        for (module, name, _), line in zip(cases, lines):
-            results[module][world_size][name] = json.loads(line)
+                    keys.append((module.__name__, world_size, name))
+                    cases[-1][1].append(case)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    env = {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}  # of examples
+    run = Run([sys.executable, "cases.py", "cases.json"], folder, env)
+    yield folder, keys, run
+    run.kill_all()
+
+
+@pytest.fixture(scope="session")
+def all_results(running_cases):
+    folder, keys, run = running_cases
+    assert run.wait(900) == 0, run.stdout[-2000:] + run.stderr[-5000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == len(keys)
+    results = {}
+    for (module, world_size, name), line in zip(keys, lines):
+        of_module = results.setdefault(module, {1: {}, 2: {}, 3: {}, "folder": folder})
+        of_module[world_size][name] = json.loads(line)
     return results
 
 

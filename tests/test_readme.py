@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import sys
 import textwrap
 
@@ -93,8 +94,24 @@ CHANGES = {  # of the loop, and of the check, with what it says then
 }
 
 
-def test_the_check_of_a_loop(start, folder):
-    runs = {}
+IN_TURN = """
+import os, runpy, sys, torch
+torch.optim.Adam([torch.zeros(1)])  # imports what takes another second
+os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or the next finds old addresses
+for file, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    if os.fork() == 0:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with open(f"{file}.{os.environ['RANK']}", "w") as sys.stdout:
+            runpy.run_path(file, run_name="__main__")
+        os._exit(0)  # a test of its own looks at how the loop ends
+    assert os.wait()[1] == 0
+"""
+
+
+def test_the_check_of_a_loop(finish, folder):
+    """One start runs all loops, in turn, each in a fork of its own."""
+    (folder / "in_turn.py").write_text(IN_TURN)
+    files = {}
     for name, (_, in_loop, in_use) in CHANGES.items():
         code = replaced(loop(), {**in_loop, "range(3)": "range(1)"})
         use = textwrap.indent(block("check(ddp, optimizer, compute_loss, next"), "    ")
@@ -102,13 +119,18 @@ def test_the_check_of_a_loop(start, folder):
         first = "    for epoch in range(1):\n"
         code = replaced(code, {first: use + first})
         imports = "import contextlib\nimport copy\n"
-        file = f"{name.replace(' ', '_')}.py"
-        (folder / file).write_text(imports + block("def check(") + code)
-        runs[name] = start([*STANDALONE, file])
-    for name, run in runs.items():  # eight at once
-        assert run.wait(200) == 0, run.stderr
-        verdict, difference = run.stdout.splitlines()[0].split()
-        assert verdict == CHANGES[name][0], (name, run.stdout)
+        files[name] = f"{name.replace(' ', '_')}.py"
+        (folder / files[name]).write_text(imports + block("def check(") + code)
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in files]
+    ports = [str(server.getsockname()[1]) for server in servers]
+    for server in servers:
+        server.close()
+    pairs = [word for pair in zip(files.values(), ports) for word in pair]
+    finish([*STANDALONE, "in_turn.py", *pairs])
+    for name, file in files.items():
+        output = (folder / f"{file}.0").read_text()
+        verdict, difference = output.splitlines()[0].split()
+        assert verdict == CHANGES[name][0], (name, output)
         if verdict == "right":
             assert float(difference) < 1e-5
         elif name not in ("no sampler", "neither", "a parameter"):
