@@ -105,7 +105,7 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself, because its methods bypass DDP.
+    model(...) itself: model.module, and other methods of the model, bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -122,9 +122,10 @@ def count_items(batch):
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items weigh the same.
 #
-# A batch may then have no items, only padding. The mean loss of no items is NaN. That
-# is fine with cross_entropy: the loss is multiplied by 0, and gives gradients of 0. If
-# you divide by a count yourself, divide by max(count, 1): 0 / 0 has NaN gradients.
+# A batch may then have no items, only padding. Its mean loss is NaN, also when it is
+# multiplied by 0. But its gradients are 0: backward() starts with this 0, and ignored
+# labels add nothing in cross_entropy. If you divide by a count yourself, divide by
+# max(count, 1), because the gradients of 0 / 0 are NaN.
 COUNTS_DIFFER = False
 
 
@@ -168,7 +169,7 @@ def main():
 def run_rank(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
-    # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
+    # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
     # the process group, which is all processes. They meet at the store of main(). The
     # backend moves the data that they exchange: nccl between GPUs, gloo between CPUs.
     device = choose_device(args, rank)
@@ -185,7 +186,7 @@ def run_rank(rank, args, host, port):
     except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
         traceback.print_exc()
         sys.exit(1)
-    leave_group()
+    leave_group()  # DDP 9, at the end of part 2
     sys.exit(0 if is_right else 1)
 
 
@@ -202,7 +203,7 @@ def compare(args, device, store):
                 results["ddp"].append(ddp_trainer.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal_trainer.train_epoch(epoch))
-            # Normal training may take longer than --timeout. This wait has no limit.
+            # Normal training may take longer than --timeout. This does not time out.
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
@@ -210,8 +211,7 @@ def compare(args, device, store):
     figures.update(measure_step(ddp_trainer, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    # A rank that finds DDP wrong ends with an error, and launch() would then end rank
-    # 0. So wait until it has reported.
+    # If a rank ends with an error, launch() ends all others. So wait for the report.
     others_wait_for_rank_0(store, "report")
     return figures["same_gradients"] is not False and figures["same_weights"]
 
@@ -223,7 +223,7 @@ def make_trainers(args, device, store):
     rank = dist.get_rank()
     seed_everything(args.seed)
     if rank == 0:
-        dataset, _ = make_datasets(args)  # nothing is validated here
+        dataset, _ = make_datasets(args)  # this script does not validate
     others_wait_for_rank_0(store, "make_datasets")
     if rank > 0:
         dataset, _ = make_datasets(args)
@@ -261,8 +261,8 @@ class Trainer:
         #     with DDP:  a c on rank 0, b d on rank 1
         #     normally:  a b, then c d
         # The last samples, too few for one more batch per rank, are never used.
-        batch_of_all_ranks = args.batch_size * args.world_size  # in samples
-        num_samples = len(dataset) // batch_of_all_ranks * batch_of_all_ranks
+        samples_at_once = args.batch_size * args.world_size  # a batch per rank
+        num_samples = len(dataset) // samples_at_once * samples_at_once
         indices = range(num_samples)  # the sampler only needs their number
         self.sampler = DistributedSampler(
             indices, self.num_ranks, self.rank, shuffle=True, seed=args.seed
@@ -319,9 +319,9 @@ class Trainer:
         counts = [float(count_items(batch)) for batch in batches]
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
-            # DDP 5, again: gradients add up. So only the last backward() has to average
-            # them over the ranks. no_sync() turns this off before. It has to be around
-            # the forward pass, too, in which DDP prepares to average.
+            # DDP 5, again: gradients add up, so it is enough if the last backward()
+            # averages them over the ranks. For those before, no_sync() turns this off.
+            # It has to be around the forward pass, too, in which DDP prepares for it.
             is_last = index == len(batches) - 1
             skip_average = self.is_ddp and not (is_last and self.average_gradients)
             with self.model_to_call.no_sync() if skip_average else nullcontext():
@@ -456,10 +456,10 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # This is only for rounding. DDP adds up the ranks' gradients, and then divides them
-    # by the number of ranks. To round in the same way, normal training multiplies the
-    # loss by that number, and divides the gradients by it.
-    num_ranks = 1 if trainer.is_ddp else len(batches)
+    # This is only for rounding. DDP divides gradients, and not losses, by the number of
+    # ranks. To do the same, normal training multiplies its losses by that number, and
+    # divides its gradients by it.
+    scale = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -470,7 +470,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * num_ranks)).backward()
+        (loss * (factor * scale)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -478,7 +478,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / num_ranks
+            gradients[name] = gradient.detach().to_dense().cpu() / scale
     model.zero_grad()
     return gradients
 
@@ -548,11 +548,11 @@ def time_steps(trainer, batches, repeats):
     metrics = Metrics(trainer.device)
     for repeat in range(repeats + 1):
         if repeat == 1:  # the first step was a warm-up
-            metrics.means(of_all_ranks=False)  # waits until the GPU has done all work
+            wait_for_gpu()
             start = time.perf_counter()
         step = [copy.copy(batch) for batch in steps[repeat % len(steps)]]
         trainer.train_step(step, metrics)
-    metrics.means(of_all_ranks=False)
+    wait_for_gpu()
     return 1000 * (time.perf_counter() - start) / repeats
 
 
@@ -613,7 +613,7 @@ def advice(figures, args):
             {devices}."""
     text = ""
     if gpus:
-        text = f"""One GPU may be faster with larger batches, too. To find out, compare
+        text = f"""A single GPU may be faster with larger batches. To find out, compare
             the samples/s of --world_size 1 --batch_size
             {args.world_size * args.batch_size}. """
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
@@ -788,6 +788,12 @@ def warn_unless_same(value, warning):
     return is_same
 
 
+def wait_for_gpu():
+    """Wait until the GPU, if there is one, has done all of its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def others_wait_for_rank_0(store, event):
     """Let the other ranks wait until rank 0 calls this, too, for the same event.
 
@@ -810,7 +816,7 @@ def stop(reason):
     sys.exit(1)
 
 
-# Processes. torchrun would do all of this.
+# Processes. torchrun would replace most of this.
 
 
 def open_store():

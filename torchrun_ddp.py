@@ -90,7 +90,7 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself, because its methods bypass DDP.
+    model(...) itself: model.module, and other methods of the model, bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -107,9 +107,10 @@ def count_items(batch):
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items weigh the same.
 #
-# A batch may then have no items, only padding. The mean loss of no items is NaN. That
-# is fine with cross_entropy: the loss is multiplied by 0, and gives gradients of 0. If
-# you divide by a count yourself, divide by max(count, 1): 0 / 0 has NaN gradients.
+# A batch may then have no items, only padding. Its mean loss is NaN, also when it is
+# multiplied by 0. But its gradients are 0: backward() starts with this 0, and ignored
+# labels add nothing in cross_entropy. If you divide by a count yourself, divide by
+# max(count, 1), because the gradients of 0 / 0 are NaN.
 COUNTS_DIFFER = False
 
 
@@ -143,7 +144,7 @@ def main():
     # DDP 1: launch. torchrun starts all processes. If one fails, it ends the others.
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
-    # DDP 2: take a device first, or all processes would use memory on GPU 0. Then join
+    # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
     # the process group, which is all processes. torchrun has set RANK, LOCAL_RANK,
     # WORLD_SIZE and the address where they meet, in the environment. The backend moves
     # the data that they exchange: nccl between GPUs, gloo between CPUs.
@@ -156,7 +157,7 @@ def main():
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
     Trainer(args, device).train()  # not kept, so that leave_group can free the model
-    leave_group()
+    leave_group()  # DDP 9, at the end of part 2
 
 
 class Trainer:
@@ -276,9 +277,9 @@ class Trainer:
         counts = [float(count_items(batch)) for batch in batches]
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
-            # DDP 5, again: gradients add up. So only the last backward() has to average
-            # them over the ranks. no_sync() turns this off before. It has to be around
-            # the forward pass, too, in which DDP prepares to average.
+            # DDP 5, again: gradients add up, so it is enough if the last backward()
+            # averages them over the ranks. For those before, no_sync() turns this off.
+            # It has to be around the forward pass, too, in which DDP prepares for it.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
@@ -327,8 +328,8 @@ class Trainer:
             for batch in self.validation_loader:
                 count = float(count_items(batch))
                 batch = to_device(batch, self.device, non_blocking=True)
-                # Calling ddp_model can wait for the other ranks, and some of them may
-                # have fewer batches here. So this calls the model without DDP.
+                # ddp_model can exchange data in its forward pass, so all ranks would have
+                # to call it equally often. Here, some may have fewer batches.
                 loss, sums = compute_loss(self.model, batch)
                 metrics.add(loss, sums, count)
         return metrics.means()
