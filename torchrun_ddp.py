@@ -328,8 +328,8 @@ class Trainer:
             for batch in self.validation_loader:
                 count = float(count_items(batch))
                 batch = to_device(batch, self.device, non_blocking=True)
-                # ddp_model can exchange data in its forward pass, so all ranks would have
-                # to call it equally often. Here, some may have fewer batches.
+                # ddp_model can exchange data in its forward pass, so all ranks must
+                # call it equally often. But here, some may have fewer batches.
                 loss, sums = compute_loss(self.model, batch)
                 metrics.add(loss, sums, count)
         return metrics.means()
