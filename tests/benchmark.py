@@ -6,10 +6,9 @@ Needs Linux. All train one model on the same data, on the CPU, with DDP, in the 
 processes, with one thread each. They take turns, an epoch each, in alternating order:
 ours (the Trainer of torchrun_ddp.py), Hugging Face Accelerate and Lightning Fabric (as
 their documentation writes a loop), the loop of PyTorch's DDP tutorial (plain Adam), and
-the limit: only index_select, DDP and fused Adam. All but the limit compute an epoch's
-mean loss and accuracy over all ranks; the peers also take turns without that. All but
-the limit read the same dataset with a DataLoader: whole batches (__getitems__) for the
-linear model, otherwise single samples, which are dicts for the transformer.
+the limit: only index_select, DDP and fused Adam. The others compute an epoch's mean
+loss and accuracy over all ranks (the peers also take turns without that), and read the
+same dataset: whole batches for the linear model, single samples for the other models.
 """
 
 import argparse
