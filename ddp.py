@@ -534,6 +534,7 @@ def measure_step(ddp_trainer, results):
     no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
     ddp_trainer.average_gradients = False
     compute_ms = min(time_steps(ddp_trainer, batches, repeats), no_data_ms)
+    torch.set_flush_denormal(False)
     parts = {"data": whole_ms - no_data_ms, "compute": compute_ms}
     parts["sync"] = no_data_ms - compute_ms
     figures = {"steps_per_epoch": ddp_trainer.num_steps, "ddp_step_ms": parts}
