@@ -19,8 +19,8 @@ gradients. Part 4 measures time. Part 5 has flags, helpers, and guards against r
 failures. You can skip it.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
-collective, such as all_reduce, is an exchange between all ranks. Every rank has to call
-it: if one does not, the others wait, and fail after --timeout seconds.
+collective, such as all_reduce, is an exchange between all ranks. All have to make the
+same calls: if one does not, the others wait, and fail after --timeout seconds.
 """
 
 import argparse
@@ -122,10 +122,10 @@ def count_items(batch):
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items weigh the same.
 #
-# A batch may then have no items, only padding. Its mean loss is NaN, also when it is
-# multiplied by 0. But its gradients are 0: backward() starts with this 0, and ignored
-# labels add nothing in cross_entropy. If you divide by a count yourself, divide by
-# max(count, 1), because the gradients of 0 / 0 are NaN.
+# A batch may then have no items, only padding. Its mean loss is 0 / 0 = NaN, even after
+# train_step multiplies it by 0. But backward() starts from this factor, 0, and
+# cross_entropy gives ignored labels no gradient. A mean that you compute yourself would
+# give NaN: divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
@@ -319,9 +319,9 @@ class Trainer:
         counts = [float(count_items(batch)) for batch in batches]
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
-            # DDP 5, again: gradients add up, so it is enough if the last backward()
-            # averages them over the ranks. For those before, no_sync() turns this off.
-            # It has to be around the forward pass, too, in which DDP prepares for it.
+            # DDP 5, again: .grad adds up the gradients of all batches. Only the last
+            # backward() has to average this sum over the ranks. no_sync() turns that
+            # off. It has to contain the forward pass, too, because DDP decides there.
             is_last = index == len(batches) - 1
             skip_average = self.is_ddp and not (is_last and self.average_gradients)
             with self.model_to_call.no_sync() if skip_average else nullcontext():
@@ -458,7 +458,7 @@ def take_gradients(trainer, batches):
     factors = trainer.loss_factors(counts)
     # This is only for rounding. DDP divides gradients, and not losses, by the number of
     # ranks. To do the same, normal training multiplies its losses by that number, and
-    # divides its gradients by it.
+    # divides its gradients by it, which cancels out.
     scale = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
@@ -520,7 +520,7 @@ def median_step_ms(results, num_steps):
 def measure_step(ddp_trainer, results):
     """Return figures: the ms that a DDP step takes to read, compute and synchronise.
 
-    All ranks have to call this, after training: it spoils the weights.
+    All ranks have to call this, after training: it changes the weights.
     """
     whole_ms = median_step_ms(results, ddp_trainer.num_steps)
     # Repeat steps for about 0.4 seconds. All ranks take the same number, rank 0's.
@@ -908,7 +908,7 @@ def guard_process(args):
     # If the process that started this one is killed, let Linux kill this one, too.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    # Some optimizers import this. After init_process_group, the import would keep the
+    # Some optimizers import this module. After init_process_group, that would keep the
     # process group alive, and Gloo could abort when the process ends.
     importlib.import_module("torch.distributed.nn")
     # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread

@@ -13,8 +13,8 @@ flags, helpers, and guards against rare failures. DDP works without the guards.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1,
 and a local rank, its number on its own machine. A collective, such as all_reduce, is an
-exchange between all ranks. Every rank has to call it: if one does not, the others wait,
-and fail after --timeout seconds.
+exchange between all ranks. All have to make the same calls: if one does not, the others
+wait, and fail after --timeout seconds.
 """
 
 import argparse
@@ -107,10 +107,10 @@ def count_items(batch):
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items weigh the same.
 #
-# A batch may then have no items, only padding. Its mean loss is NaN, also when it is
-# multiplied by 0. But its gradients are 0: backward() starts with this 0, and ignored
-# labels add nothing in cross_entropy. If you divide by a count yourself, divide by
-# max(count, 1), because the gradients of 0 / 0 are NaN.
+# A batch may then have no items, only padding. Its mean loss is 0 / 0 = NaN, even after
+# train_step multiplies it by 0. But backward() starts from this factor, 0, and
+# cross_entropy gives ignored labels no gradient. A mean that you compute yourself would
+# give NaN: divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
@@ -196,7 +196,7 @@ class Trainer:
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-        seed_everything(args.seed)  # so that every run begins with the same weights
+        seed_everything(args.seed)  # again: make_datasets may have drawn numbers
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
@@ -209,7 +209,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, dtype) if is_low else nullcontext()
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.saved_at = None  # the time of this run's last snapshot
+        self.saved_at = None  # when the last snapshot was saved, which identifies it
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -261,7 +261,7 @@ class Trainer:
             del step_batches  # frees these batches before the next ones are read
             save_now = self.args.save_every and steps_done % self.args.save_every == 0
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
-                save_snapshot(self, self.args.snapshot_path)  # train() saves the last
+                save_snapshot(self, self.args.snapshot_path)  # train() saves the end
         means = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
         if not COUNTS_DIFFER:
@@ -277,9 +277,9 @@ class Trainer:
         counts = [float(count_items(batch)) for batch in batches]
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
-            # DDP 5, again: gradients add up, so it is enough if the last backward()
-            # averages them over the ranks. For those before, no_sync() turns this off.
-            # It has to be around the forward pass, too, in which DDP prepares for it.
+            # DDP 5, again: .grad adds up the gradients of all batches. Only the last
+            # backward() has to average this sum over the ranks. no_sync() turns that
+            # off. It has to contain the forward pass, too, because DDP decides there.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
@@ -438,8 +438,8 @@ def restore(trainer, snapshot):
             getattr(trainer, name).load_state_dict(snapshot[name])
     trainer.saved_at = snapshot["saved_at"]
     trainer.epochs_done = snapshot["epochs_done"]
-    # Round down: if the number of ranks has changed, a batch may be done in part. Leave
-    # at least one batch, so that the epoch is not empty.
+    # Round down: if the number of ranks has changed, a batch may be done only in part.
+    # Leave at least one batch, so that the epoch is not empty.
     batches_done = snapshot["samples_done"] // trainer.samples_at_once
     trainer.batches_done = min(batches_done, len(trainer.loader) - 1)
     if trainer.rank == 0:
@@ -663,7 +663,7 @@ def guard_process(args):
     # If the process that started this one is killed, let Linux kill this one, too.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    # Some optimizers import this. After init_process_group, the import would keep the
+    # Some optimizers import this module. After init_process_group, that would keep the
     # process group alive, and Gloo could abort when the process ends.
     importlib.import_module("torch.distributed.nn")
     # Before Python 3.12, a DataLoader worker can hang when it is forked while a thread
