@@ -186,7 +186,7 @@ def run_rank(rank, args, host, port):
     except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
         traceback.print_exc()
         sys.exit(1)
-    leave_group()  # DDP 9, at the end of part 2
+    leave_group()  # see the end of part 2
     sys.exit(0 if is_right else 1)
 
 
@@ -207,7 +207,7 @@ def compare(args, device, store):
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
-    figures["same_weights"] = compare_weights(ddp_trainer.model)  # of all ranks
+    figures["same_weights"] = compare_weights(ddp_trainer.model)  # between ranks
     figures.update(measure_step(ddp_trainer, results["ddp"]))
     if rank == 0:
         report(figures, results, args)

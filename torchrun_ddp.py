@@ -157,7 +157,7 @@ def main():
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
     Trainer(args, device).train()  # not kept, so that leave_group can free the model
-    leave_group()  # DDP 9, at the end of part 2
+    leave_group()  # see the end of part 2
 
 
 class Trainer:
@@ -196,7 +196,7 @@ class Trainer:
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-        seed_everything(args.seed)  # again: make_datasets may have drawn numbers
+        seed_everything(args.seed)  # again, as make_datasets may draw numbers
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
@@ -259,9 +259,10 @@ class Trainer:
             steps_done += 1
             self.batches_done += len(step_batches)
             del step_batches  # frees these batches before the next ones are read
+            # After the last step of an epoch, train() saves.
             save_now = self.args.save_every and steps_done % self.args.save_every == 0
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
-                save_snapshot(self, self.args.snapshot_path)  # train() saves the end
+                save_snapshot(self, self.args.snapshot_path)
         means = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
         if not COUNTS_DIFFER:

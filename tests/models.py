@@ -763,7 +763,7 @@ class ClassesFromSet(Images):
     def __getitem__(self, index):
         image, _ = super().__getitem__(index)
         number = self.numbers[index % len(self.numbers)]
-        # In the image, too: else, two ranks often agree by chance, of eight samples.
+        # It changes the image, too. Otherwise, ranks would often agree by chance.
         return image + number, number % 2
 
 
