@@ -6,9 +6,9 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
-with DDP. In a step, both ways take the same samples: normal training goes through the
-batches of all processes, one after the other, and adds up their gradients. For real
-training, or several machines, use torchrun_ddp.py.
+with DDP. In a step, both ways take the same samples, but normal training takes them
+alone, batch after batch, and accumulates the gradients. For real training, or several
+machines, use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
@@ -41,6 +41,7 @@ import textwrap
 import time
 import traceback
 import zlib
+from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -73,7 +74,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch. Optional: DataLoader calls it in place of __getitem__."""
+        """Return a batch. Optional, but faster than a __getitem__ per sample."""
         rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -90,7 +91,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None: the same on every rank."""
+    """Return a training set, and a validation set or None. All ranks need the same."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -101,11 +102,11 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of sums over its items.
+    """Return the mean loss of a batch, and a dict of metrics.
 
-    The loss is a mean over items: samples, or tokens. Each sum, such as the number of
-    correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: model.module, and other methods of the model, bypass DDP.
+    The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
+    the accuracy, the number of correct answers. Rank 0 prints it, divided by the number
+    of items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -120,12 +121,12 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
-# each step, the ranks then exchange these numbers, so that all items weigh the same.
+# each step, the ranks then exchange these numbers, so that all items count equally.
 #
-# A batch may then have no items, only padding. Its mean loss is 0 / 0 = NaN, even after
-# train_step multiplies it by 0. But backward() starts from this factor, 0, and
-# cross_entropy gives ignored labels no gradient. A mean that you compute yourself would
-# give NaN: divide by max(count, 1).
+# Can a batch have no items, only padding? Its mean loss may then be NaN (0 / 0). The
+# script leaves it out of the metrics, and multiplies it by 0. But it has to call
+# backward(), as other ranks wait for that. So the gradients must be 0, and not NaN, as
+# those of cross_entropy are. If you compute a mean yourself, divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
@@ -156,25 +157,26 @@ def wrap_in_ddp(model):
 
 def main():
     args = parse_args()
-    store = open_store()  # a small key-value server, through which processes meet
+    server = open_store()  # a small key-value server, where the processes meet
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     line = f"world size {args.world_size}, global batch {global_batch:,}"
     print(line if kind == "cuda" else f"{line}, {args.cores} cores", flush=True)
     # DDP 1: launch. Start the processes. Each calls run_rank(rank, *arguments).
-    launch(run_rank, (args, store.host, store.port), args.world_size)
+    launch(run_rank, (args, server.host, server.port), args.world_size)
 
 
 def run_rank(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
-    # the process group, which is all processes. They meet at the store of main(). The
-    # backend moves the data that they exchange: nccl between GPUs, gloo between CPUs.
+    # the process group, which is all processes. They meet at the server of main(). The
+    # backend moves the data that they exchange: nccl is for GPUs, and gloo works on
+    # CPUs, too.
     device = choose_device(args, rank)
     if args.definitions:
-        use_definitions(args.definitions)
+        use_definitions(args.definitions)  # instead of those in part 1
     store = dist.TCPStore(host, port)
     limit = timedelta(seconds=args.timeout)
     dist.init_process_group(
@@ -183,10 +185,10 @@ def run_rank(rank, args, host, port):
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     try:
         is_right = compare(args, device, store)
-    except Exception:  # noqa: BLE001, mp.spawn would show the error of one rank only
+    except Exception:  # noqa: BLE001, otherwise only one rank's error is shown
         traceback.print_exc()
         sys.exit(1)
-    leave_group()  # see the end of part 2
+    leave_group()  # DDP 9, at the end of part 2
     sys.exit(0 if is_right else 1)
 
 
@@ -203,7 +205,7 @@ def compare(args, device, store):
                 results["ddp"].append(ddp_trainer.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal_trainer.train_epoch(epoch))
-            # Normal training may take longer than --timeout. This does not time out.
+            # As normal training may take longer than --timeout, wait without a limit.
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
@@ -211,7 +213,8 @@ def compare(args, device, store):
     figures.update(measure_step(ddp_trainer, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    # If a rank ends with an error, launch() ends all others. So wait for the report.
+    # A rank that finds DDP wrong ends with exit code 1, and launch() then ends all
+    # others. So wait for the report.
     others_wait_for_rank_0(store, "report")
     return figures["same_gradients"] is not False and figures["same_weights"]
 
@@ -232,19 +235,12 @@ def make_trainers(args, device, store):
     model = make_model(args)
     ddp_trainer = Trainer(args, device, dataset, model, is_ddp=True)
     normal_trainer = None
-    shares_weights = False
     if rank == 0:
         seed_everything(args.seed)
         second = make_model(args)  # some models cannot be copied by copy.deepcopy
         second.load_state_dict(model.state_dict())
-        # If make_model returns the same model again, both ways would train it.
-        shares_weights = not set(model.parameters()).isdisjoint(second.parameters())
         normal_trainer = Trainer(args, device, dataset, second, is_ddp=False)
-    if any(gather_from_all(shares_weights)):
-        stop("make_model has to return a new model on each call")
-    modules = ddp_trainer.model_to_call.modules()
-    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
-        stop("SyncBatchNorm needs several ranks, and normal training has only one")
+    check_models(ddp_trainer, normal_trainer)  # stops if they cannot be compared
     return ddp_trainer, normal_trainer
 
 
@@ -253,7 +249,7 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.average_gradients = is_ddp  # measure_step turns this off
+        self.communicates = is_ddp  # measure_step turns this off
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its
@@ -286,15 +282,15 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, total_steps, args)
         use_scaler = args.precision == "float16"  # for gradients too small for float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
-        dtype = getattr(torch, args.precision)
-        is_low = dtype != torch.float32
-        self.autocast = torch.autocast(device.type, dtype) if is_low else nullcontext()
+        self.autocast = nullcontext()
+        if args.precision != "float32":
+            self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
 
     def train_epoch(self, epoch):
         """Train for one epoch. Return its mean metrics, samples and seconds."""
-        # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
-        # should differ between epochs and between ranks, too.
-        self.sampler.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)  # DDP 7: reshuffle in every epoch
+        # Random numbers, for dropout and augmentation, should differ between epochs and
+        # between ranks.
         seed_everything(self.args.seed + epoch * self.num_ranks + self.rank)
         metrics = Metrics(self.device)
         self.model_to_call.train()
@@ -303,11 +299,10 @@ class Trainer:
         while step_batches := list(islice(batches, self.batches_per_step)):
             self.train_step(step_batches, metrics)
             del step_batches  # frees these batches before the next ones are read
-        means = metrics.means(of_all_ranks=self.is_ddp)  # waits for the GPU
+        means, counts = metrics.means(of_all_ranks=self.is_ddp)  # waits for the GPU
         seconds = time.perf_counter() - start
-        if self.is_ddp and not COUNTS_DIFFER:
-            warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
-            warn_unless_same(metrics.count, warning)
+        if not COUNTS_DIFFER and len(set(counts)) > 1 and self.rank == 0:
+            print("WARNING: the ranks' item counts differ: set COUNTS_DIFFER = True")
         samples = len(self.loader) * self.args.batch_size * self.num_ranks
         return {"means": means, "samples": samples, "seconds": seconds}
 
@@ -320,10 +315,11 @@ class Trainer:
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
             # DDP 5, again: .grad adds up the gradients of all batches. Only the last
-            # backward() has to average this sum over the ranks. no_sync() turns that
-            # off. It has to contain the forward pass, too, because DDP decides there.
+            # backward() has to average this sum over the ranks. For the others,
+            # no_sync() turns averaging off. The forward pass has to be inside, too,
+            # because DDP decides there whether to average.
             is_last = index == len(batches) - 1
-            skip_average = self.is_ddp and not (is_last and self.average_gradients)
+            skip_average = self.is_ddp and not (is_last and self.communicates)
             with self.model_to_call.no_sync() if skip_average else nullcontext():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
@@ -341,26 +337,26 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def loss_factors(self, counts):
-        """Return the factors by which the mean losses of the batches are multiplied.
+        """Return, for each batch, the factor by which its mean loss is multiplied.
 
-        `counts` has the numbers of items in the batches. The loss of a step is the mean
-        over the items of all ranks. So the mean loss of a batch is multiplied by its
-        count, and all are divided by the total. As DDP divides by the number of ranks,
-        a rank divides by the mean count of the ranks. With 10 items on rank 0 and 30 on
-        rank 1, this is 20. If their losses add up to sum_0 and sum_1, DDP computes
-        (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40. (Normal training has all
-        40 items, and divides by 40.)
+        `counts` has the number of items in each batch of this rank. A step needs the
+        mean over all items of all ranks. The mean loss of a batch, times its count, is
+        a sum over items. So in normal training, the factor is count / all items. DDP
+        also divides the gradients by the number of ranks, so with DDP, it is
+        count / (all items / ranks). With 10 items on rank 0 and 30 on rank 1, DDP
+        computes (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
         """
-        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
-        if self.average_gradients and COUNTS_DIFFER:
-            total = torch.full((), divisor, device=self.device)
-            dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
-            divisor = total / self.num_ranks
-        return [count / divisor if count else 0.0 for count in counts]
+        items = sum(counts)  # of this rank; unless COUNTS_DIFFER, all have as many
+        if COUNTS_DIFFER and self.communicates:
+            all_items = torch.full((), items, device=self.device)
+            dist.all_reduce(all_items)  # now the sum over all ranks, on every rank
+            items = all_items / self.num_ranks
+        # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
+        return [count / items if count else 0.0 for count in counts]
 
 
 class Metrics:
-    """Adds up what compute_loss returns; gives means over the items of all ranks."""
+    """Adds up what compute_loss returns; gives means over all items."""
 
     def __init__(self, device):
         self.zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -376,25 +372,24 @@ class Metrics:
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
-        """Return the means, by name. With of_all_ranks, all ranks have to call this."""
+        """Return means, and each rank's items. If of_all_ranks, all have to call it."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        by_rank = [(sums, self.count)]
+        results = [(sums, self.count)]
         if of_all_ranks:
-            by_rank = gather_from_all((sums, self.count))
-        count = 0
-        totals = {}
-        for rank_sums, rank_count in by_rank:
-            count += rank_count
-            for name, value in rank_sums.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return {name: total / count for name, total in totals.items()}
+            results = gather_from_all((sums, self.count))
+        counts = [count for _, count in results]
+        totals = Counter()
+        for rank_sums, _ in results:
+            totals.update(rank_sums)  # adds them to the totals
+        return {name: total / sum(counts) for name, total in totals.items()}, counts
 
 
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # exists, or if a thread of Gloo is busy. So free the model, and wait briefly.
+    # still exists, or if a thread of Gloo is busy. By now, nothing refers to the model,
+    # but it takes the garbage collector to free it. Then wait briefly.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -404,9 +399,9 @@ def leave_group():
 
 
 def check_gradients(ddp_trainer, normal_trainer):
-    """Compare DDP's gradients of one batch per rank with those of normal training.
+    """On one batch per rank, compare DDP's gradients with those of normal training.
 
-    It does not check accumulation, clipping or the optimizer. Nothing is trained.
+    This does not check accumulation, clipping or the optimizer. Nothing is trained.
     Rank 0 prints the result. Returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
@@ -422,13 +417,15 @@ def check_gradients(ddp_trainer, normal_trainer):
     difference, name = largest_difference(expected, found)
     # In tests on CPUs, right gradients differed by up to 1e-6, from rounding, and wrong
     # ones by 0.03 or more. GPUs and low precision round more.
+    limit = 1e-3
     has_16_bits = any(gradient.element_size() < 4 for gradient in found.values())
     is_low = has_16_bits or ddp_trainer.args.precision != "float32"
-    is_rough = is_low or ddp_trainer.device.type == "cuda"
-    same = difference < (1e-2 if is_rough else 1e-3)
+    if is_low or ddp_trainer.device.type == "cuda":
+        limit = 1e-2
+    same = difference < limit
     if not same:
         # Is it wrong, or only noise? See how much normal training differs from itself.
-        # If that is large, or not far below the difference found, we cannot tell.
+        # If that is much, or more than a tenth of the difference found, we cannot tell.
         noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
@@ -456,10 +453,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # This is only for rounding. DDP divides gradients, and not losses, by the number of
-    # ranks. To do the same, normal training multiplies its losses by that number, and
-    # divides its gradients by it, which cancels out.
-    scale = 1 if trainer.is_ddp else len(batches)
+    # Both ways should multiply losses by the same factors, or low precision would round
+    # differently. Those of normal training are smaller: they divide by all items, and
+    # not by the items per rank. So enlarge them here, and divide the gradients later.
+    # (DDP divides its gradients in backward().)
+    divisor = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -470,7 +468,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * scale)).backward()
+        (loss * (factor * divisor)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -478,7 +476,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / scale
+            gradients[name] = gradient.detach().to_dense().cpu() / divisor
     model.zero_grad()
     return gradients
 
@@ -512,13 +510,13 @@ def print_epoch(epoch, args, results):
 
 
 def median_step_ms(results, num_steps):
-    """Return the ms per step in the median epoch, leaving out the first, a warm-up."""
+    """Return the ms per step in the median epoch, without the first, if possible."""
     seconds = median(result["seconds"] for result in results[1:] or results)
     return 1000 * seconds / num_steps
 
 
 def measure_step(ddp_trainer, results):
-    """Return figures: the ms that a DDP step takes to read, compute and synchronise.
+    """Return how many ms of a DDP step go to reading, computing and synchronising.
 
     All ranks have to call this, after training: it changes the weights.
     """
@@ -532,7 +530,7 @@ def measure_step(ddp_trainer, results):
     # Time steps without reading data, then also without averaging anything. The
     # differences are the parts. (min() keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
-    ddp_trainer.average_gradients = False
+    ddp_trainer.communicates = False
     compute_ms = min(time_steps(ddp_trainer, batches, repeats), no_data_ms)
     torch.set_flush_denormal(False)
     parts = {"data": whole_ms - no_data_ms, "compute": compute_ms}
@@ -606,7 +604,7 @@ def advice(figures, args):
     devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
     data, compute, sync = figures["ddp_step_ms"].values()
     by_rank = figures["compute_ms_by_rank"]
-    slowest, usual = max(by_rank), median_low(by_rank)
+    slowest, usual = max(by_rank), median_low(by_rank)  # of two, the lower one
     if args.world_size == 1:
         return "With one process, DDP cannot be faster."
     if args.world_size > devices:
@@ -646,10 +644,16 @@ def print_wrapped(text):
 # ---- Part 5: flags, helpers and guards. ----
 
 
-def parse_flags(parser, *more_numbers):
-    """Add the flags that torchrun_ddp.py and ddp.py share. Return all arguments."""
+def parse_args():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    env_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    try:
+        load_dotenv(env_file)
+    except UnicodeDecodeError as reason:
+        parser.error(f"{env_file}: {reason}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     numbers = [  # with their defaults and smallest values
-        *more_numbers,
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
@@ -660,6 +664,7 @@ def parse_flags(parser, *more_numbers):
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "seed of the weights, data and shuffling"),
         ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
+        ("--world_size", gpus or 2, 1, "processes: one per GPU or, without GPUs, 2"),
     ]
     add = parser.add_argument
     for flag, default, _, help in numbers:
@@ -671,6 +676,7 @@ def parse_flags(parser, *more_numbers):
     add("--backend", choices=["nccl", "gloo"], default=backend)
     help = "Python file with your versions of the definitions in part 1"
     add("--definitions", metavar="FILE", help=help)
+    add("--json", metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args()
     for flag, _, smallest, _ in numbers:
         if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
@@ -679,21 +685,6 @@ def parse_flags(parser, *more_numbers):
         name, ending = os.path.splitext(os.path.basename(args.definitions))
         if not os.path.isfile(args.definitions) or ending != ".py" or "." in name:
             parser.error(f"{args.definitions} is not a file with a name like mine.py")
-    return args
-
-
-def parse_args():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    env_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
-    try:
-        load_dotenv(env_file)
-    except UnicodeDecodeError as reason:
-        parser.error(f"{env_file}: {reason}")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    help = "number of processes: one per GPU or, without GPUs, 2"
-    args = parse_flags(parser, ("--world_size", gpus or 2, 1, help))
     args.cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # on Linux, the cores that we may use
         args.cores = len(os.sched_getaffinity(0))
@@ -742,9 +733,9 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Return this process's device. With gloo, processes can share a GPU."""
+    """Take a device for this process. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL 2.30 can share GPUs, too, if this is set. It is meant for tests.
+    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
         problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
@@ -847,8 +838,9 @@ def open_store():
 def launch(function, arguments, num_processes):
     """Run mp.spawn. If a process fails, end with its code, and end the others."""
     try:
-        # The new processes inherit this block: only this process reacts to Ctrl-C.
-        resource_tracker.ensure_running()  # started later, it would end the block
+        # Block Ctrl-C while the processes start. They inherit that, so only this
+        # process reacts to it.
+        resource_tracker.ensure_running()  # starting it later would unblock Ctrl-C
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         processes = mp.spawn(function, arguments, num_processes, join=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -863,7 +855,7 @@ def launch(function, arguments, num_processes):
 
 
 def prepare_process(rank, args):
-    """Set up this process as torchrun would, and guard it."""
+    """Guard this process, and set the variables that torchrun would set."""
     guard_process(args)
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)
@@ -893,6 +885,17 @@ def compare_data(dataset, args):
     torch.save(to_device(batch, "cpu", copy=True), file)
     warning = 'the ranks read different samples: see "Different data" in the README'
     warn_unless_same(zlib.crc32(file.getvalue()), warning)
+
+
+def check_models(ddp_trainer, normal_trainer):
+    """Stop if the two ways share a model, or if normal training cannot train it."""
+    own = set(ddp_trainer.model.parameters())
+    others = normal_trainer.model.parameters() if normal_trainer else []
+    if any(gather_from_all(not own.isdisjoint(others))):
+        stop("make_model has to return a new model on each call")
+    modules = ddp_trainer.model_to_call.modules()
+    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        stop("SyncBatchNorm needs several ranks, and normal training has only one")
 
 
 def compare_weights(model):

@@ -29,6 +29,7 @@ import random
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -58,7 +59,7 @@ class MyDataset(Dataset):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices):
-        """Return a batch. Optional: DataLoader calls it in place of __getitem__."""
+        """Return a batch. Optional, but faster than a __getitem__ per sample."""
         rows = torch.LongTensor(indices)
         return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
@@ -75,7 +76,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None: the same on every rank."""
+    """Return a training set, and a validation set or None. All ranks need the same."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -86,11 +87,11 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of sums over its items.
+    """Return the mean loss of a batch, and a dict of metrics.
 
-    The loss is a mean over items: samples, or tokens. Each sum, such as the number of
-    correct answers, is divided by the number of items, and printed by name. Call
-    model(...) itself: model.module, and other methods of the model, bypass DDP.
+    The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
+    the accuracy, the number of correct answers. Rank 0 prints it, divided by the number
+    of items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -105,12 +106,12 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
-# each step, the ranks then exchange these numbers, so that all items weigh the same.
+# each step, the ranks then exchange these numbers, so that all items count equally.
 #
-# A batch may then have no items, only padding. Its mean loss is 0 / 0 = NaN, even after
-# train_step multiplies it by 0. But backward() starts from this factor, 0, and
-# cross_entropy gives ignored labels no gradient. A mean that you compute yourself would
-# give NaN: divide by max(count, 1).
+# Can a batch have no items, only padding? Its mean loss may then be NaN (0 / 0). The
+# script leaves it out of the metrics, and multiplies it by 0. But it has to call
+# backward(), as other ranks wait for that. So the gradients must be 0, and not NaN, as
+# those of cross_entropy are. If you compute a mean yourself, divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
@@ -147,17 +148,17 @@ def main():
     # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
     # the process group, which is all processes. torchrun has set RANK, LOCAL_RANK,
     # WORLD_SIZE and the address where they meet, in the environment. The backend moves
-    # the data that they exchange: nccl between GPUs, gloo between CPUs.
+    # the data that they exchange: nccl is for GPUs, and gloo works on CPUs, too.
     device = choose_device(args, int(os.environ["LOCAL_RANK"]))
     if args.definitions:
-        use_definitions(args.definitions)
+        use_definitions(args.definitions)  # instead of those in part 1
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
     Trainer(args, device).train()  # not kept, so that leave_group can free the model
-    leave_group()  # see the end of part 2
+    leave_group()  # DDP 9, at the end of part 2
 
 
 class Trainer:
@@ -191,25 +192,25 @@ class Trainer:
         self.loader = make_loader(self.dataset, self.batch_sampler, args)
         self.validation_loader = None
         if validation_set is not None:
-            # This uses every sample exactly once. Some ranks may have one fewer.
+            # This uses every sample exactly once. Without DDP, ranks may differ by one.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
         seed_everything(args.seed)  # again, as make_datasets may draw numbers
         self.model = make_model(args).to(device)
-        self.optimizer = make_optimizer(self.model, args)
+        self.optimizer = make_optimizer(self.model, args)  # DDP shares these weights
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
         self.total_steps = args.epochs * steps_per_epoch
         self.scheduler = make_scheduler(self.optimizer, self.total_steps, args)
         use_scaler = args.precision == "float16"  # for gradients too small for float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=use_scaler)
-        dtype = getattr(torch, args.precision)
-        is_low = dtype != torch.float32
-        self.autocast = torch.autocast(device.type, dtype) if is_low else nullcontext()
+        self.autocast = nullcontext()
+        if args.precision != "float32":
+            self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.saved_at = None  # when the last snapshot was saved, which identifies it
+        self.saved_at = None  # time of the last snapshot: has another run replaced it?
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -241,9 +242,9 @@ class Trainer:
 
     def train_epoch(self):
         """Train for the rest of an epoch. Return mean metrics, samples and seconds."""
-        # DDP 7: reshuffle in every epoch. Random numbers (for dropout and augmentation)
-        # should differ between epochs and between ranks, too.
-        self.sampler.set_epoch(self.epochs_done)
+        self.sampler.set_epoch(self.epochs_done)  # DDP 7: reshuffle in every epoch
+        # Random numbers, for dropout and augmentation, should differ between epochs and
+        # between ranks.
         seed_everything(self.args.seed + self.epochs_done * self.world_size + self.rank)
         epoch_loader = self.loader
         if self.batches_done:  # resumed inside this epoch: read only what is left of it
@@ -259,15 +260,14 @@ class Trainer:
             steps_done += 1
             self.batches_done += len(step_batches)
             del step_batches  # frees these batches before the next ones are read
-            # After the last step of an epoch, train() saves.
             save_now = self.args.save_every and steps_done % self.args.save_every == 0
+            # After the last step of an epoch, train() saves.
             if save_now and self.rank == 0 and self.batches_done < len(self.loader):
                 save_snapshot(self, self.args.snapshot_path)
-        means = metrics.means()  # waits for the GPU, and for all ranks
+        means, counts = metrics.means()  # waits for the GPU, and for all ranks
         seconds = time.perf_counter() - start
-        if not COUNTS_DIFFER:
-            warning = "count_items differs between ranks: set COUNTS_DIFFER = True"
-            warn_unless_same(metrics.count, warning)
+        if not COUNTS_DIFFER and len(set(counts)) > 1 and self.rank == 0:
+            print("WARNING: the ranks' item counts differ: set COUNTS_DIFFER = True")
         return means, len(epoch_loader) * self.samples_at_once, seconds
 
     def train_step(self, batches, metrics):
@@ -279,8 +279,9 @@ class Trainer:
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
             # DDP 5, again: .grad adds up the gradients of all batches. Only the last
-            # backward() has to average this sum over the ranks. no_sync() turns that
-            # off. It has to contain the forward pass, too, because DDP decides there.
+            # backward() has to average this sum over the ranks. For the others,
+            # no_sync() turns averaging off. The forward pass has to be inside, too,
+            # because DDP decides there whether to average.
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.ddp_model.no_sync():
                 with self.autocast:
@@ -299,21 +300,22 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def loss_factors(self, counts):
-        """Return the factors by which the mean losses of the batches are multiplied.
+        """Return, for each batch, the factor by which its mean loss is multiplied.
 
-        `counts` has the numbers of items in the batches. The loss of a step is the mean
-        over the items of all ranks. So the mean loss of a batch is multiplied by its
-        count, and all are divided by the total. As DDP divides by the number of ranks,
-        a rank divides by the mean count of the ranks. With 10 items on rank 0 and 30 on
-        rank 1, this is 20. If their losses add up to sum_0 and sum_1, DDP computes
-        (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+        `counts` has the number of items in each batch of this rank. A step needs the
+        mean over all items of all ranks. The mean loss of a batch, times its count, is
+        a sum over items. So without DDP, the factor would be count / all items. DDP
+        also divides the gradients by the number of ranks, so with DDP, it is
+        count / (all items / ranks). With 10 items on rank 0 and 30 on rank 1, DDP
+        computes (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
         """
-        divisor = sum(counts)  # unless COUNTS_DIFFER, all ranks have the same count
+        items = sum(counts)  # of this rank; unless COUNTS_DIFFER, all have as many
         if COUNTS_DIFFER:
-            total = torch.full((), divisor, device=self.device)
-            dist.all_reduce(total)  # adds up the ranks' values; all ranks get the sum
-            divisor = total / self.world_size
-        return [count / divisor if count else 0.0 for count in counts]
+            all_items = torch.full((), items, device=self.device)
+            dist.all_reduce(all_items)  # now the sum over all ranks, on every rank
+            items = all_items / self.world_size
+        # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
+        return [count / items if count else 0.0 for count in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -329,11 +331,12 @@ class Trainer:
             for batch in self.validation_loader:
                 count = float(count_items(batch))
                 batch = to_device(batch, self.device, non_blocking=True)
-                # ddp_model can exchange data in its forward pass, so all ranks must
-                # call it equally often. But here, some may have fewer batches.
+                # Not ddp_model: it can exchange data in its forward pass, so all ranks
+                # would have to call it equally often. Some may have fewer batches.
                 loss, sums = compute_loss(self.model, batch)
                 metrics.add(loss, sums, count)
-        return metrics.means()
+        means, _ = metrics.means()
+        return means
 
 
 class Metrics:
@@ -353,22 +356,22 @@ class Metrics:
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
-        """Return the means, by name. All ranks have to call this."""
+        """Return means, and the items of each rank. All ranks have to call this."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        count = 0
-        totals = {}
-        for rank_sums, rank_count in gather_from_all((sums, self.count)):
-            count += rank_count
-            for name, value in rank_sums.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return {name: total / count for name, total in totals.items()}
+        results = gather_from_all((sums, self.count))
+        counts = [count for _, count in results]
+        totals = Counter()
+        for rank_sums, _ in results:
+            totals.update(rank_sums)  # adds them to the totals
+        return {name: total / sum(counts) for name, total in totals.items()}, counts
 
 
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # exists, or if a thread of Gloo is busy. So free the model, and wait briefly.
+    # still exists, or if a thread of Gloo is busy. By now, nothing refers to the model,
+    # but it takes the garbage collector to free it. Then wait briefly.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -379,8 +382,8 @@ def leave_group():
 
 def save_snapshot(trainer, path):
     """Save what a resumed run needs. Only rank 0 calls this."""
-    # If rank 0 exits here, torchrun ends the other ranks.
     if not all(p.isfinite().all() for p in trainer.model.parameters()):
+        # torchrun then ends the other ranks, too.
         sys.exit("the weights are no longer finite, so no snapshot is saved")
     if os.path.exists(path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -472,10 +475,10 @@ def settings_to_keep(trainer):
 # ---- Part 4: flags, helpers and guards. ----
 
 
-def parse_flags(parser, *more_numbers):
-    """Add the flags that torchrun_ddp.py and ddp.py share. Return all arguments."""
+def parse_args():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     numbers = [  # with their defaults and smallest values
-        *more_numbers,
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
@@ -486,6 +489,7 @@ def parse_flags(parser, *more_numbers):
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "seed of the weights, data and shuffling"),
         ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
+        ("--save_every", 0, 0, "also save every N steps of an epoch; 0: do not"),
     ]
     add = parser.add_argument
     for flag, default, _, help in numbers:
@@ -497,6 +501,8 @@ def parse_flags(parser, *more_numbers):
     add("--backend", choices=["nccl", "gloo"], default=backend)
     help = "Python file with your versions of the definitions in part 1"
     add("--definitions", metavar="FILE", help=help)
+    help = "save to FILE after every epoch, and resume from it if it exists"
+    add("--snapshot_path", metavar="FILE", help=help)
     args = parser.parse_args()
     for flag, _, smallest, _ in numbers:
         if not smallest <= getattr(args, flag[2:]) < math.inf:  # refuses NaN, too
@@ -505,17 +511,6 @@ def parse_flags(parser, *more_numbers):
         name, ending = os.path.splitext(os.path.basename(args.definitions))
         if not os.path.isfile(args.definitions) or ending != ".py" or "." in name:
             parser.error(f"{args.definitions} is not a file with a name like mine.py")
-    return args
-
-
-def parse_args():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    help = "save to FILE after every epoch, and resume from it if it exists"
-    parser.add_argument("--snapshot_path", metavar="FILE", help=help)
-    args = parse_flags(
-        parser, ("--save_every", 0, 0, "also save every N steps of an epoch; 0: do not")
-    )
     env = os.environ
     if "LOCAL_RANK" not in env:
         parser.error("start this script with torchrun, as --help shows")
@@ -571,9 +566,9 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Return this process's device. With gloo, processes can share a GPU."""
+    """Take a device for this process. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL 2.30 can share GPUs, too, if this is set. It is meant for tests.
+    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if local_rank >= gpus and not can_share:
         problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"

@@ -215,7 +215,7 @@ def worker(rank, world_size, port, cases):
         case.pop("slow", None)
         run = globals()[case.pop("run")]
         sys.argv = ["ddp.py", *DEFAULTS.split(), *case.pop("flags", "").split()]
-        args = ddp.parse_flags(ddp.argparse.ArgumentParser())
+        args = ddp.parse_args()
         more = {"cores": 2, "threads": 1, "save_every": 0, "snapshot_path": None}
         vars(args).update({**more, "world_size": world_size, **case.pop("args", {})})
         with replaced(**{name: getattr(models, part) for name, part in case.items()}):

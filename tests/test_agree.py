@@ -8,7 +8,7 @@ DATA = 'WARNING: the ranks read different samples: see "Different data" in the R
 WEIGHTS = (
     'WARNING: the weights of the ranks differ: see "Different weights" in the README'
 )
-COUNTS = "WARNING: count_items differs between ranks: set COUNTS_DIFFER = True"
+COUNTS = "WARNING: the ranks' item counts differ: set COUNTS_DIFFER = True"
 MISTAKES = {
     "classes from a set": ({**CNN_JOB, "MyDataset": "ClassesFromSet"}, DATA),
     "unseeded": ({"MyDataset": "Unseeded"}, DATA),

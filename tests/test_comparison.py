@@ -196,7 +196,7 @@ def test_weights_that_drift_apart_are_wrong(results):
 
 
 def test_counts_that_differ_are_warned_of(results):
-    says = "WARNING: count_items differs between ranks: set COUNTS_DIFFER = True"
+    says = "WARNING: the ranks' item counts differ: set COUNTS_DIFFER = True"
     assert says in results[2]["tokens"]["says"]
 
 
