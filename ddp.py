@@ -124,14 +124,14 @@ def count_items(batch):
 # each step, the ranks then exchange these numbers, so that all items count equally.
 #
 # Can a batch have no items, only padding? Its mean loss may then be NaN (0 / 0). The
-# script leaves it out of the metrics, and multiplies it by 0. But it has to call
-# backward(), as other ranks wait for that. So the gradients must be 0, and not NaN, as
-# those of cross_entropy are. If you compute a mean yourself, divide by max(count, 1).
+# script leaves it out of the metrics, but has to call backward(), as other ranks wait
+# for that. The gradients must then be 0, and not NaN. Those of cross_entropy are 0. If
+# you compute a mean yourself, divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
 def collate(samples):
-    """Make a batch from a list of samples, unless __getitems__ has made it already."""
+    """Make a batch from a list of samples. (__getitems__ may have made it already.)"""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -324,10 +324,11 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Even a batch without items needs backward(): other ranks may wait.
-                self.scaler.scale(loss * factors[index]).backward()
+                # backward(f) computes the gradients of f * loss. Even a batch without
+                # items needs it, because other ranks may wait.
+                self.scaler.scale(loss).backward(factors[index])
             metrics.add(loss, sums, counts[index])
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.scaler.step(self.optimizer)
@@ -346,13 +347,13 @@ class Trainer:
         count / (all items / ranks). With 10 items on rank 0 and 30 on rank 1, DDP
         computes (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
         """
-        items = sum(counts)  # of this rank; unless COUNTS_DIFFER, all have as many
+        # Unless COUNTS_DIFFER, every rank has as many items as this one.
+        items = torch.full((), sum(counts), device=self.device)
         if COUNTS_DIFFER and self.communicates:
-            all_items = torch.full((), items, device=self.device)
-            dist.all_reduce(all_items)  # now the sum over all ranks, on every rank
-            items = all_items / self.num_ranks
+            dist.all_reduce(items)  # now of all ranks together
+            items /= self.num_ranks
         # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
-        return [count / items if count else 0.0 for count in counts]
+        return [count / items if count else torch.zeros_like(items) for count in counts]
 
 
 class Metrics:
@@ -366,9 +367,10 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
-            for name, value in {"loss": loss_sum, **sums}.items():
-                # Reading a value, as .item() does, would make the CPU wait for the GPU.
+            # Reading a value, as .item() does, would make the CPU wait for the GPU.
+            loss_sum = self.sums.get("loss", self.zero)
+            self.sums["loss"] = torch.add(loss_sum, mean_loss, alpha=count)
+            for name, value in sums.items():
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
@@ -388,8 +390,8 @@ class Metrics:
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. By now, nothing refers to the model,
-    # but it takes the garbage collector to free it. Then wait briefly.
+    # still exists, or if a thread of Gloo is busy. Nothing refers to a Trainer by now,
+    # so the garbage collector frees the model. Then wait briefly.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -468,7 +470,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * divisor)).backward()
+        loss.backward(factor * divisor)
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -772,14 +774,6 @@ def gather_from_all(value):
     return values
 
 
-def warn_unless_same(value, warning):
-    """Return whether all ranks have the same value; warn if not. All ranks call it."""
-    is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
-    if not is_same and dist.get_rank() == 0:
-        print(f"WARNING: {warning}")
-    return is_same
-
-
 def wait_for_gpu():
     """Wait until the GPU, if there is one, has done all of its work."""
     if torch.cuda.is_available():
@@ -883,8 +877,10 @@ def compare_data(dataset, args):
     file = io.BytesIO()
     # copy=True, because torch.save saves the whole tensor that a view belongs to
     torch.save(to_device(batch, "cpu", copy=True), file)
-    warning = 'the ranks read different samples: see "Different data" in the README'
-    warn_unless_same(zlib.crc32(file.getvalue()), warning)
+    checksums = gather_from_all(zlib.crc32(file.getvalue()))
+    if len(set(checksums)) > 1 and dist.get_rank() == 0:
+        problem = "the ranks read different samples"
+        print(f'WARNING: {problem}: see "Different data" in the README')
 
 
 def check_models(ddp_trainer, normal_trainer):
@@ -901,8 +897,11 @@ def check_models(ddp_trainer, normal_trainer):
 def compare_weights(model):
     """Return whether the weights of all ranks have the same norms; warn if not."""
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
-    warning = 'the weights of the ranks differ: see "Different weights" in the README'
-    return warn_unless_same(norms, warning)
+    is_same = len(set(gather_from_all(str(norms)))) == 1  # as text, because NaN != NaN
+    if not is_same and dist.get_rank() == 0:
+        problem = "the weights of the ranks differ"
+        print(f'WARNING: {problem}: see "Different weights" in the README')
+    return is_same
 
 
 def guard_process(args):

@@ -109,14 +109,14 @@ def count_items(batch):
 # each step, the ranks then exchange these numbers, so that all items count equally.
 #
 # Can a batch have no items, only padding? Its mean loss may then be NaN (0 / 0). The
-# script leaves it out of the metrics, and multiplies it by 0. But it has to call
-# backward(), as other ranks wait for that. So the gradients must be 0, and not NaN, as
-# those of cross_entropy are. If you compute a mean yourself, divide by max(count, 1).
+# script leaves it out of the metrics, but has to call backward(), as other ranks wait
+# for that. The gradients must then be 0, and not NaN. Those of cross_entropy are 0. If
+# you compute a mean yourself, divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
 def collate(samples):
-    """Make a batch from a list of samples, unless __getitems__ has made it already."""
+    """Make a batch from a list of samples. (__getitems__ may have made it already.)"""
     if isinstance(samples, list):
         return torch.utils.data.default_collate(samples)
     return samples
@@ -157,7 +157,7 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()  # not kept, so that leave_group can free the model
+    Trainer(args, device).train()
     leave_group()  # DDP 9, at the end of part 2
 
 
@@ -210,7 +210,7 @@ class Trainer:
             self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.saved_at = None  # time of the last snapshot: has another run replaced it?
+        self.snapshot_id = None  # of the last one saved: has another run replaced it?
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -287,10 +287,11 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Even a batch without items needs backward(): other ranks may wait.
-                self.scaler.scale(loss * factors[index]).backward()
+                # backward(f) computes the gradients of f * loss. Even a batch without
+                # items needs it, because other ranks may wait.
+                self.scaler.scale(loss).backward(factors[index])
             metrics.add(loss, sums, counts[index])
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.scaler.step(self.optimizer)
@@ -309,13 +310,13 @@ class Trainer:
         count / (all items / ranks). With 10 items on rank 0 and 30 on rank 1, DDP
         computes (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
         """
-        items = sum(counts)  # of this rank; unless COUNTS_DIFFER, all have as many
+        # Unless COUNTS_DIFFER, every rank has as many items as this one.
+        items = torch.full((), sum(counts), device=self.device)
         if COUNTS_DIFFER:
-            all_items = torch.full((), items, device=self.device)
-            dist.all_reduce(all_items)  # now the sum over all ranks, on every rank
-            items = all_items / self.world_size
+            dist.all_reduce(items)  # now of all ranks together
+            items /= self.world_size
         # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
-        return [count / items if count else 0.0 for count in counts]
+        return [count / items if count else torch.zeros_like(items) for count in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -350,9 +351,10 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
-            for name, value in {"loss": loss_sum, **sums}.items():
-                # Reading a value, as .item() does, would make the CPU wait for the GPU.
+            # Reading a value, as .item() does, would make the CPU wait for the GPU.
+            loss_sum = self.sums.get("loss", self.zero)
+            self.sums["loss"] = torch.add(loss_sum, mean_loss, alpha=count)
+            for name, value in sums.items():
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
@@ -370,8 +372,8 @@ class Metrics:
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. By now, nothing refers to the model,
-    # but it takes the garbage collector to free it. Then wait briefly.
+    # still exists, or if a thread of Gloo is busy. Nothing refers to a Trainer by now,
+    # so the garbage collector frees the model. Then wait briefly.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -387,9 +389,9 @@ def save_snapshot(trainer, path):
         sys.exit("the weights are no longer finite, so no snapshot is saved")
     if os.path.exists(path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if saved["saved_at"] != trainer.saved_at:
+        if saved["snapshot_id"] != trainer.snapshot_id:
             sys.exit(f"another run has saved to {path}, so this one stops")
-    trainer.saved_at = time.time()
+    trainer.snapshot_id = time.time()  # no other run saves at the same time
     snapshot = {
         "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
         "optimizer": trainer.optimizer.state_dict(),
@@ -399,7 +401,7 @@ def save_snapshot(trainer, path):
         "samples_done": trainer.batches_done * trainer.samples_at_once,
         "settings": trainer.settings,
         "global_batch": trainer.global_batch,
-        "saved_at": trainer.saved_at,
+        "snapshot_id": trainer.snapshot_id,
     }
     # If a crash interrupts saving, the old file is still there, and complete.
     with open(path + ".tmp", "wb") as file:
@@ -440,7 +442,7 @@ def restore(trainer, snapshot):
     for name in ("model", "optimizer", "scheduler", "scaler"):
         if snapshot[name]:  # a scaler has no state without float16
             getattr(trainer, name).load_state_dict(snapshot[name])
-    trainer.saved_at = snapshot["saved_at"]
+    trainer.snapshot_id = snapshot["snapshot_id"]
     trainer.epochs_done = snapshot["epochs_done"]
     # Round down: if the number of ranks has changed, a batch may be done only in part.
     # Leave at least one batch, so that the epoch is not empty.
@@ -605,14 +607,6 @@ def gather_from_all(value):
     return values
 
 
-def warn_unless_same(value, warning):
-    """Return whether all ranks have the same value; warn if not. All ranks call it."""
-    is_same = len(set(gather_from_all(str(value)))) == 1  # as text, because NaN != NaN
-    if not is_same and dist.get_rank() == 0:
-        print(f"WARNING: {warning}")
-    return is_same
-
-
 def as_text(means):
     return "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
 
@@ -642,15 +636,20 @@ def compare_data(dataset, args):
     file = io.BytesIO()
     # copy=True, because torch.save saves the whole tensor that a view belongs to
     torch.save(to_device(batch, "cpu", copy=True), file)
-    warning = 'the ranks read different samples: see "Different data" in the README'
-    warn_unless_same(zlib.crc32(file.getvalue()), warning)
+    checksums = gather_from_all(zlib.crc32(file.getvalue()))
+    if len(set(checksums)) > 1 and dist.get_rank() == 0:
+        problem = "the ranks read different samples"
+        print(f'WARNING: {problem}: see "Different data" in the README')
 
 
 def compare_weights(model):
     """Return whether the weights of all ranks have the same norms; warn if not."""
     norms = [p.norm(1).item() for p in model.parameters() if p.requires_grad]
-    warning = 'the weights of the ranks differ: see "Different weights" in the README'
-    return warn_unless_same(norms, warning)
+    is_same = len(set(gather_from_all(str(norms)))) == 1  # as text, because NaN != NaN
+    if not is_same and dist.get_rank() == 0:
+        problem = "the weights of the ranks differ"
+        print(f'WARNING: {problem}: see "Different weights" in the README')
+    return is_same
 
 
 def guard_process(args):
