@@ -6,9 +6,9 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
 starts one process per GPU of this machine (or two processes, without a GPU). In each
 epoch, the first process trains normally, on its own, and all processes together train
-with DDP. In a step, both ways take the same samples, but normal training takes them
-alone, batch after batch, and accumulates the gradients. For real training, or several
-machines, use torchrun_ddp.py.
+with DDP. In a step, both ways use the same samples. With DDP, each process computes its
+share of them. In normal training, one process computes all of them, batch after batch,
+and adds up the gradients. For real training, or several machines, use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
@@ -105,8 +105,8 @@ def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of metrics.
 
     The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
-    the accuracy, the number of correct answers. Rank 0 prints it, divided by the number
-    of items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
+    the accuracy, the number of correct answers. It will be divided by the number of all
+    items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -121,12 +121,9 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
-# each step, the ranks then exchange these numbers, so that all items count equally.
-#
-# Can a batch have no items, only padding? Its mean loss may then be NaN (0 / 0). The
-# script leaves it out of the metrics, but has to call backward(), as other ranks wait
-# for that. The gradients must then be 0, and not NaN. Those of cross_entropy are 0. If
-# you compute a mean yourself, divide by max(count, 1).
+# each step, the ranks then exchange these numbers, so that all items count equally. (If
+# a batch can have no items at all, its gradients have to be 0, as cross_entropy's are.
+# For a mean of your own, divide by max(count, 1).)
 COUNTS_DIFFER = False
 
 
@@ -205,7 +202,8 @@ def compare(args, device, store):
                 results["ddp"].append(ddp_trainer.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal_trainer.train_epoch(epoch))
-            # As normal training may take longer than --timeout, wait without a limit.
+            # Wait, so that all start together. As normal training may take longer than
+            # --timeout, this wait has no limit.
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
@@ -341,19 +339,20 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. A step needs the
-        mean over all items of all ranks. The mean loss of a batch, times its count, is
-        a sum over items. So in normal training, the factor is count / all items. DDP
-        also divides the gradients by the number of ranks, so with DDP, it is
-        count / (all items / ranks). With 10 items on rank 0 and 30 on rank 1, DDP
-        computes (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+        mean over the items of all ranks. The sum of a batch is its mean loss * count,
+        so the factor would be count / all_items. But DDP divides the gradients by the
+        number of ranks. To undo that, the factor is count * num_ranks / all_items. With
+        10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5, and DDP
+        computes (0.5 * mean_0 + 1.5 * mean_1) / 2 = (10 * mean_0 + 30 * mean_1) / 40.
+        (In normal training, num_ranks is 1.)
         """
-        # Unless COUNTS_DIFFER, every rank has as many items as this one.
-        items = torch.full((), sum(counts), device=self.device)
+        all_items = torch.full((), sum(counts), device=self.device)
         if COUNTS_DIFFER and self.communicates:
-            dist.all_reduce(items)  # now of all ranks together
-            items /= self.num_ranks
-        # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
-        return [count / items if count else torch.zeros_like(items) for count in counts]
+            dist.all_reduce(all_items)  # adds up the numbers of all ranks
+        else:
+            all_items *= self.num_ranks  # every rank has as many as this one
+        zero = torch.zeros_like(all_items)  # not 0 / 0, if no rank has any items
+        return [n * self.num_ranks / all_items if n else zero for n in counts]
 
 
 class Metrics:
@@ -377,13 +376,13 @@ class Metrics:
         """Return means, and each rank's items. If of_all_ranks, all have to call it."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        results = [(sums, self.count)]
+        by_rank = [(sums, self.count)]
         if of_all_ranks:
-            results = gather_from_all((sums, self.count))
-        counts = [count for _, count in results]
+            by_rank = gather_from_all((sums, self.count))
+        counts = [count for _, count in by_rank]
         totals = Counter()
-        for rank_sums, _ in results:
-            totals.update(rank_sums)  # adds them to the totals
+        for rank_sums, _ in by_rank:
+            totals.update(rank_sums)  # adds them (dict.update would replace)
         return {name: total / sum(counts) for name, total in totals.items()}, counts
 
 
@@ -419,15 +418,15 @@ def check_gradients(ddp_trainer, normal_trainer):
     difference, name = largest_difference(expected, found)
     # In tests on CPUs, right gradients differed by up to 1e-6, from rounding, and wrong
     # ones by 0.03 or more. GPUs and low precision round more.
-    limit = 1e-3
+    tolerance = 1e-3
     has_16_bits = any(gradient.element_size() < 4 for gradient in found.values())
     is_low = has_16_bits or ddp_trainer.args.precision != "float32"
     if is_low or ddp_trainer.device.type == "cuda":
-        limit = 1e-2
-    same = difference < limit
+        tolerance = 1e-2
+    same = difference < tolerance
     if not same:
         # Is it wrong, or only noise? See how much normal training differs from itself.
-        # If that is much, or more than a tenth of the difference found, we cannot tell.
+        # If that is much, or the difference is not ten times as large, we cannot tell.
         noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
@@ -455,11 +454,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # Both ways should multiply losses by the same factors, or low precision would round
-    # differently. Those of normal training are smaller: they divide by all items, and
-    # not by the items per rank. So enlarge them here, and divide the gradients later.
-    # (DDP divides its gradients in backward().)
-    divisor = 1 if trainer.is_ddp else len(batches)
+    # With n ranks, the factors of normal training are 1/n of those of DDP. With these
+    # smaller losses, low precision would round differently. So multiply them by n here,
+    # and divide the gradients by n below, as DDP does in backward(). No scaler is used:
+    # tiny gradients then become 0 both ways.
+    n = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -470,7 +469,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        loss.backward(factor * divisor)
+        loss.backward(factor * n)
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -478,7 +477,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / divisor
+            gradients[name] = gradient.detach().to_dense().cpu() / n
     model.zero_grad()
     return gradients
 
@@ -518,7 +517,7 @@ def median_step_ms(results, num_steps):
 
 
 def measure_step(ddp_trainer, results):
-    """Return how many ms of a DDP step go to reading, computing and synchronising.
+    """Return figures: how many ms a DDP step reads data, computes, and synchronises.
 
     All ranks have to call this, after training: it changes the weights.
     """
@@ -529,8 +528,9 @@ def measure_step(ddp_trainer, results):
     # As the model overfits these few batches, its gradients become tiny. Denormal
     # numbers are slow on CPUs, so round them to 0.
     torch.set_flush_denormal(True)
-    # Time steps without reading data, then also without averaging anything. The
-    # differences are the parts. (min() keeps noise from making a part negative.)
+    # Time steps without reading data, and then also without averaging anything. The
+    # first saves "data", the second saves "sync", and the rest is "compute". (min()
+    # keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
     ddp_trainer.communicates = False
     compute_ms = min(time_steps(ddp_trainer, batches, repeats), no_data_ms)
@@ -567,9 +567,9 @@ def report(figures, results, args):
     ddp_ms = sum(parts.values())
     pairs = list(zip(results["normal"], results["ddp"]))
     ratios = [normal["seconds"] / ddp["seconds"] for normal, ddp in pairs[1:] or pairs]
+    figures["speedup_range"] = [min(ratios), max(ratios)]
     normal_ms = median_step_ms(results["normal"], figures["steps_per_epoch"])
     figures["normal_step_ms"], figures["speedup"] = normal_ms, normal_ms / ddp_ms
-    figures["speedup_range"] = [min(ratios), max(ratios)]
     print(f"\nA step takes {normal_ms:.2f} ms normally, and {ddp_ms:.2f} ms with DDP:")
     for part, ms in parts.items():
         print(f"  {part:7} {ms:8.2f} ms  {'#' * round(50 * ms / ddp_ms)}")
@@ -615,7 +615,7 @@ def advice(figures, args):
     text = ""
     if gpus:
         text = f"""A single GPU may be faster with larger batches. To find out, compare
-            the samples/s of --world_size 1 --batch_size
+            these samples/s with those of --world_size 1 --batch_size
             {args.world_size * args.batch_size}. """
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
@@ -735,7 +735,7 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Take a device for this process. With gloo, processes can share a GPU."""
+    """Choose the device of this process. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ

@@ -90,8 +90,8 @@ def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of metrics.
 
     The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
-    the accuracy, the number of correct answers. Rank 0 prints it, divided by the number
-    of items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
+    the accuracy, the number of correct answers. It will be divided by the number of all
+    items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -106,12 +106,9 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
-# each step, the ranks then exchange these numbers, so that all items count equally.
-#
-# Can a batch have no items, only padding? Its mean loss may then be NaN (0 / 0). The
-# script leaves it out of the metrics, but has to call backward(), as other ranks wait
-# for that. The gradients must then be 0, and not NaN. Those of cross_entropy are 0. If
-# you compute a mean yourself, divide by max(count, 1).
+# each step, the ranks then exchange these numbers, so that all items count equally. (If
+# a batch can have no items at all, its gradients have to be 0, as cross_entropy's are.
+# For a mean of your own, divide by max(count, 1).)
 COUNTS_DIFFER = False
 
 
@@ -142,7 +139,7 @@ def wrap_in_ddp(model):
 
 @record  # so that torchrun's error report shows the exception of the failed rank
 def main():
-    # DDP 1: launch. torchrun starts all processes. If one fails, it ends the others.
+    # DDP 1: launch. torchrun calls this in every process. If one fails, it ends all.
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
     # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
@@ -192,14 +189,15 @@ class Trainer:
         self.loader = make_loader(self.dataset, self.batch_sampler, args)
         self.validation_loader = None
         if validation_set is not None:
-            # This uses every sample exactly once. Without DDP, ranks may differ by one.
+            # Every sample is used exactly once. (DistributedSampler would repeat some.)
+            # Ranks may have unequal numbers, because validate() does not use DDP.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
         seed_everything(args.seed)  # again, as make_datasets may draw numbers
         self.model = make_model(args).to(device)
-        self.optimizer = make_optimizer(self.model, args)  # DDP shares these weights
+        self.optimizer = make_optimizer(self.model, args)
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
         self.total_steps = args.epochs * steps_per_epoch
         self.scheduler = make_scheduler(self.optimizer, self.total_steps, args)
@@ -210,7 +208,9 @@ class Trainer:
             self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.snapshot_id = None  # of the last one saved: has another run replaced it?
+        # The id of the snapshot that this run has saved or loaded. If the file has
+        # another id, another run has replaced it, and save_snapshot() stops this one.
+        self.snapshot_id = None
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -304,19 +304,19 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. A step needs the
-        mean over all items of all ranks. The mean loss of a batch, times its count, is
-        a sum over items. So without DDP, the factor would be count / all items. DDP
-        also divides the gradients by the number of ranks, so with DDP, it is
-        count / (all items / ranks). With 10 items on rank 0 and 30 on rank 1, DDP
-        computes (sum_0 / 20 + sum_1 / 20) / 2 = (sum_0 + sum_1) / 40.
+        mean over the items of all ranks. The sum of a batch is its mean loss * count,
+        so the factor would be count / all_items. But DDP divides the gradients by the
+        number of ranks. To undo that, the factor is count * world_size / all_items.
+        With 10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP then
+        computes (0.5 * mean_0 + 1.5 * mean_1) / 2 = (10 * mean_0 + 30 * mean_1) / 40.
         """
-        # Unless COUNTS_DIFFER, every rank has as many items as this one.
-        items = torch.full((), sum(counts), device=self.device)
+        all_items = torch.full((), sum(counts), device=self.device)
         if COUNTS_DIFFER:
-            dist.all_reduce(items)  # now of all ranks together
-            items /= self.world_size
-        # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
-        return [count / items if count else torch.zeros_like(items) for count in counts]
+            dist.all_reduce(all_items)  # adds up the numbers of all ranks
+        else:
+            all_items *= self.world_size  # every rank has as many as this one
+        zero = torch.zeros_like(all_items)  # not 0 / 0, if no rank has any items
+        return [n * self.world_size / all_items if n else zero for n in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -358,14 +358,14 @@ class Metrics:
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
-        """Return means, and the items of each rank. All ranks have to call this."""
+        """Return the means, and each rank's items. All ranks have to call this."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
-        results = gather_from_all((sums, self.count))
-        counts = [count for _, count in results]
+        by_rank = gather_from_all((sums, self.count))
+        counts = [count for _, count in by_rank]
         totals = Counter()
-        for rank_sums, _ in results:
-            totals.update(rank_sums)  # adds them to the totals
+        for rank_sums, _ in by_rank:
+            totals.update(rank_sums)  # adds them (dict.update would replace)
         return {name: total / sum(counts) for name, total in totals.items()}, counts
 
 
@@ -391,7 +391,7 @@ def save_snapshot(trainer, path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if saved["snapshot_id"] != trainer.snapshot_id:
             sys.exit(f"another run has saved to {path}, so this one stops")
-    trainer.snapshot_id = time.time()  # no other run saves at the same time
+    trainer.snapshot_id = time.time()  # other runs save at other moments
     snapshot = {
         "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
         "optimizer": trainer.optimizer.state_dict(),
@@ -568,7 +568,7 @@ def seed_everything(seed):
 
 
 def choose_device(args, local_rank):
-    """Take a device for this process. With gloo, processes can share a GPU."""
+    """Choose the device of this process. With gloo, processes can share a GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ

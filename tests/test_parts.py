@@ -162,5 +162,5 @@ def test_the_verdict(changes, says, monkeypatch):
 
 
 def test_one_gpu_may_be_faster_with_larger_batches(two_gpus):
-    says = "compare the samples/s of --world_size 1 --batch_size 20."
+    says = "compare these samples/s with those of --world_size 1 --batch_size 20."
     assert says in verdict()
