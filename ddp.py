@@ -105,8 +105,8 @@ def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of metrics.
 
     The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
-    the accuracy, the number of correct answers. It will be divided by the number of all
-    items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
+    the accuracy, the number of correct answers. It will be divided by the total number
+    of items. Call the model as model(...): in training, its other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -121,9 +121,9 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
-# each step, the ranks then exchange these numbers, so that all items count equally. (If
-# a batch can have no items at all, its gradients have to be 0, as cross_entropy's are.
-# For a mean of your own, divide by max(count, 1).)
+# each step, the ranks then exchange these numbers, so that all items count equally.
+# Can a batch have 0 items? Then its gradients have to be 0, not NaN. With cross_entropy
+# they are (although its loss is NaN). In a mean of your own, divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
@@ -167,7 +167,7 @@ def main():
 def run_rank(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
-    # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
+    # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
     # the process group, which is all processes. They meet at the server of main(). The
     # backend moves the data that they exchange: nccl is for GPUs, and gloo works on
     # CPUs, too.
@@ -202,8 +202,8 @@ def compare(args, device, store):
                 results["ddp"].append(ddp_trainer.train_epoch(epoch))
             elif rank == 0:
                 results["normal"].append(normal_trainer.train_epoch(epoch))
-            # Wait, so that all start together. As normal training may take longer than
-            # --timeout, this wait has no limit.
+            # The others wait for rank 0, so that all start together. As normal training
+            # may take longer than --timeout, they wait without a limit.
             others_wait_for_rank_0(store, f"epoch {epoch}, {way}")
         if rank == 0:  # DDP 6: only rank 0 prints results
             print_epoch(epoch, args, results)
@@ -323,7 +323,7 @@ class Trainer:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
                 # backward(f) computes the gradients of f * loss. Even a batch without
-                # items needs it, because other ranks may wait.
+                # items needs it, because the other ranks may wait for it.
                 self.scaler.scale(loss).backward(factors[index])
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -339,20 +339,20 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. A step needs the
-        mean over the items of all ranks. The sum of a batch is its mean loss * count,
-        so the factor would be count / all_items. But DDP divides the gradients by the
-        number of ranks. To undo that, the factor is count * num_ranks / all_items. With
-        10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5, and DDP
+        mean over the items of all ranks, so a batch should weigh count / all items. But
+        DDP divides the gradients by the number of ranks. To undo that, the factor is
+        count / items per rank. If all counts are equal, that is 1 / number of batches.
+        With 10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP then
         computes (0.5 * mean_0 + 1.5 * mean_1) / 2 = (10 * mean_0 + 30 * mean_1) / 40.
-        (In normal training, num_ranks is 1.)
+        (In normal training, there is only one rank.)
         """
-        all_items = torch.full((), sum(counts), device=self.device)
+        # Unless COUNTS_DIFFER, every rank has as many items as this one.
+        items_per_rank = torch.full((), sum(counts), device=self.device)
         if COUNTS_DIFFER and self.communicates:
-            dist.all_reduce(all_items)  # adds up the numbers of all ranks
-        else:
-            all_items *= self.num_ranks  # every rank has as many as this one
-        zero = torch.zeros_like(all_items)  # not 0 / 0, if no rank has any items
-        return [n * self.num_ranks / all_items if n else zero for n in counts]
+            dist.all_reduce(items_per_rank)  # adds up the numbers of all ranks
+            items_per_rank /= self.num_ranks
+        zero = torch.zeros_like(items_per_rank)  # not 0 / 0, if no rank has any items
+        return [count / items_per_rank if count else zero for count in counts]
 
 
 class Metrics:
@@ -426,12 +426,12 @@ def check_gradients(ddp_trainer, normal_trainer):
     same = difference < tolerance
     if not same:
         # Is it wrong, or only noise? See how much normal training differs from itself.
-        # If that is much, or the difference is not ten times as large, we cannot tell.
+        # If it is large, or the difference is not ten times as large, we cannot tell.
         noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
-    text = f"""DDP is right: its gradients match those of normal training (largest
-        relative difference: {difference:.1g})."""
+    text = f"""DDP is right: on one batch per rank, its gradients match those of normal
+        training (largest relative difference: {difference:.1g})."""
     if same is False:
         text = f"""DDP is WRONG: its gradients differ from those of normal training, by
             {difference:.1g} (relative difference) in {name}. See "Wrong" in the
@@ -454,11 +454,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # With n ranks, the factors of normal training are 1/n of those of DDP. With these
-    # smaller losses, low precision would round differently. So multiply them by n here,
-    # and divide the gradients by n below, as DDP does in backward(). No scaler is used:
-    # tiny gradients then become 0 both ways.
-    n = 1 if trainer.is_ddp else len(batches)
+    # In DDP, backward() divides by the number of ranks, and factors make up for that.
+    # Normal training does neither. In low precision, it would round differently, so let
+    # it do both here: multiply the factors, and divide the gradients at the end. (There
+    # is no scaler: tiny gradients become 0 both ways.)
+    num_ranks = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -469,7 +469,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        loss.backward(factor * n)
+        loss.backward(factor * num_ranks)
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -477,7 +477,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / n
+            gradients[name] = gradient.detach().to_dense().cpu() / num_ranks
     model.zero_grad()
     return gradients
 
@@ -517,7 +517,7 @@ def median_step_ms(results, num_steps):
 
 
 def measure_step(ddp_trainer, results):
-    """Return figures: how many ms a DDP step reads data, computes, and synchronises.
+    """Return figures: how many ms a DDP step takes for data, computing, and averaging.
 
     All ranks have to call this, after training: it changes the weights.
     """
@@ -626,16 +626,13 @@ def advice(figures, args):
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
-    # With n times the batches in a step, everything takes n times as long, except sync.
-    normal = figures["normal_step_ms"]
-    predicted = {n: n * normal / (n * (data + compute) + sync) for n in (2, 4, 8)}
-    if predicted[8] < 1.1:  # even with 8 times the batches
+    without_sync = figures["normal_step_ms"] / (data + compute)
+    if without_sync < 1.1:
         return f"{text}There is too little work to share: use a larger model or batch."
-    accumulated = args.grad_accum_steps
-    return f"""{text}Averaging gradients takes up much of a step. The speedup would be
-        about {predicted[2]:.1f} with --grad_accum_steps {2 * accumulated}, and
-        {predicted[4]:.1f} with {4 * accumulated}. Both enlarge the global batch, so
-        you may have to tune the learning rate again."""
+    return f"""{text}Averaging gradients takes up much of a step. Without it, the
+        speedup would be {without_sync:.1f}. To come closer to that, accumulate
+        gradients, as with --grad_accum_steps {4 * args.grad_accum_steps}. This enlarges
+        the global batch, so you may have to tune the learning rate again."""
 
 
 def print_wrapped(text):
@@ -665,7 +662,7 @@ def parse_args():
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "seed of the weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
+        ("--timeout", 600.0, 1, "seconds to wait for a rank or a DataLoader worker"),
         ("--world_size", gpus or 2, 1, "processes: one per GPU or, without GPUs, 2"),
     ]
     add = parser.add_argument

@@ -90,8 +90,8 @@ def compute_loss(model, batch):
     """Return the mean loss of a batch, and a dict of metrics.
 
     The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
-    the accuracy, the number of correct answers. It will be divided by the number of all
-    items. In training, `model` is DDP's wrapper: call model(...), and nothing else.
+    the accuracy, the number of correct answers. It will be divided by the total number
+    of items. Call the model as model(...): in training, its other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -106,9 +106,9 @@ def count_items(batch):
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
-# each step, the ranks then exchange these numbers, so that all items count equally. (If
-# a batch can have no items at all, its gradients have to be 0, as cross_entropy's are.
-# For a mean of your own, divide by max(count, 1).)
+# each step, the ranks then exchange these numbers, so that all items count equally.
+# Can a batch have 0 items? Then its gradients have to be 0, not NaN. With cross_entropy
+# they are (although its loss is NaN). In a mean of your own, divide by max(count, 1).
 COUNTS_DIFFER = False
 
 
@@ -139,10 +139,10 @@ def wrap_in_ddp(model):
 
 @record  # so that torchrun's error report shows the exception of the failed rank
 def main():
-    # DDP 1: launch. torchrun calls this in every process. If one fails, it ends all.
+    # DDP 1: launch. torchrun has started all processes. If one fails, it ends them all.
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
-    # DDP 2: take a GPU first, or all processes would use memory on GPU 0. Then join
+    # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
     # the process group, which is all processes. torchrun has set RANK, LOCAL_RANK,
     # WORLD_SIZE and the address where they meet, in the environment. The backend moves
     # the data that they exchange: nccl is for GPUs, and gloo works on CPUs, too.
@@ -184,13 +184,13 @@ class Trainer:
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
         )
-        # A list of indices for each batch, so that a resumed epoch can skip batches.
+        # This gives a list of indices per batch. A resumed epoch can skip some of them.
         self.batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
         self.loader = make_loader(self.dataset, self.batch_sampler, args)
         self.validation_loader = None
         if validation_set is not None:
             # Every sample is used exactly once. (DistributedSampler would repeat some.)
-            # Ranks may have unequal numbers, because validate() does not use DDP.
+            # Ranks may have unequal numbers of batches: without DDP, nobody waits.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
@@ -288,7 +288,7 @@ class Trainer:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
                 # backward(f) computes the gradients of f * loss. Even a batch without
-                # items needs it, because other ranks may wait.
+                # items needs it, because the other ranks may wait for it.
                 self.scaler.scale(loss).backward(factors[index])
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -304,19 +304,19 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. A step needs the
-        mean over the items of all ranks. The sum of a batch is its mean loss * count,
-        so the factor would be count / all_items. But DDP divides the gradients by the
-        number of ranks. To undo that, the factor is count * world_size / all_items.
+        mean over the items of all ranks, so a batch should weigh count / all items. But
+        DDP divides the gradients by the number of ranks. To undo that, the factor is
+        count / items per rank. If all counts are equal, that is 1 / number of batches.
         With 10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP then
         computes (0.5 * mean_0 + 1.5 * mean_1) / 2 = (10 * mean_0 + 30 * mean_1) / 40.
         """
-        all_items = torch.full((), sum(counts), device=self.device)
+        # Unless COUNTS_DIFFER, every rank has as many items as this one.
+        items_per_rank = torch.full((), sum(counts), device=self.device)
         if COUNTS_DIFFER:
-            dist.all_reduce(all_items)  # adds up the numbers of all ranks
-        else:
-            all_items *= self.world_size  # every rank has as many as this one
-        zero = torch.zeros_like(all_items)  # not 0 / 0, if no rank has any items
-        return [n * self.world_size / all_items if n else zero for n in counts]
+            dist.all_reduce(items_per_rank)  # adds up the numbers of all ranks
+            items_per_rank /= self.world_size
+        zero = torch.zeros_like(items_per_rank)  # not 0 / 0, if no rank has any items
+        return [count / items_per_rank if count else zero for count in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -490,7 +490,7 @@ def parse_args():
         ("--input_size", 100, 1, "features per sample"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "seed of the weights, data and shuffling"),
-        ("--timeout", 600.0, 1, "seconds to wait for a rank, or a DataLoader worker"),
+        ("--timeout", 600.0, 1, "seconds to wait for a rank or a DataLoader worker"),
         ("--save_every", 0, 0, "also save every N steps of an epoch; 0: do not"),
     ]
     add = parser.add_argument

@@ -46,10 +46,8 @@ def test_the_documented_ddp_command(finish, folder):
     lines = run.stdout.splitlines()
     assert lines[0] == f"PyTorch {torch.__version__} on cpu, gloo, float32"
     assert re.match(r"world size 2, global batch 256, \d+ cores$", lines[1])
-    right = (
-        "DDP is right: its gradients match those of normal training (largest relative"
-    )
-    assert lines[2:4] == [right, "difference: 0)."]
+    right = "DDP is right: on one batch per rank, its gradients match those of normal"
+    assert lines[2:4] == [right, "training (largest relative difference: 0)."]
     rows = both_ways(run.stdout)
     assert len(rows) == 10
     assert_equal_columns(rows)
