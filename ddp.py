@@ -41,7 +41,6 @@ import textwrap
 import time
 import traceback
 import zlib
-from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -102,11 +101,11 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of metrics.
+    """Return the mean loss of a batch, and a dict of sums to report.
 
-    The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
-    the accuracy, the number of correct answers. It will be divided by the total number
-    of items. Call the model as model(...): in training, its other methods bypass DDP.
+    The loss is a mean over items: samples, or tokens. Each sum, such as the number of
+    correct answers, will be divided by the total number of items, and printed by name.
+    Call model(...) itself: in training, model.module and other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -122,8 +121,7 @@ def count_items(batch):
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# Can a batch have 0 items? Then its gradients have to be 0, not NaN. With cross_entropy
-# they are (although its loss is NaN). In a mean of your own, divide by max(count, 1).
+# (If a batch can have no items at all, see "Padding and tokens" in the README.)
 COUNTS_DIFFER = False
 
 
@@ -322,9 +320,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # backward(f) computes the gradients of f * loss. Even a batch without
-                # items needs it, because the other ranks may wait for it.
-                self.scaler.scale(loss).backward(factors[index])
+                # Even a batch without items needs backward(): other ranks may wait.
+                self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
         if args.max_grad_norm:
@@ -339,20 +336,20 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. A step needs the
-        mean over the items of all ranks, so a batch should weigh count / all items. But
-        DDP divides the gradients by the number of ranks. To undo that, the factor is
-        count / items per rank. If all counts are equal, that is 1 / number of batches.
-        With 10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP then
-        computes (0.5 * mean_0 + 1.5 * mean_1) / 2 = (10 * mean_0 + 30 * mean_1) / 40.
-        (In normal training, there is only one rank.)
+        mean over the items of all ranks, so a batch should weigh count / total. But DDP
+        divides the gradients by the number of ranks. So multiply by that number:
+            factor = count * num_ranks / total
+        If all counts are equal, this is 1 / number of batches (of this rank). With 10
+        items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP computes
+            (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
+        (In normal training, num_ranks is 1.)
         """
-        # Unless COUNTS_DIFFER, every rank has as many items as this one.
-        items_per_rank = torch.full((), sum(counts), device=self.device)
+        total = sum(counts) * self.num_ranks  # if all ranks have as many as this one
         if COUNTS_DIFFER and self.communicates:
-            dist.all_reduce(items_per_rank)  # adds up the numbers of all ranks
-            items_per_rank /= self.num_ranks
-        zero = torch.zeros_like(items_per_rank)  # not 0 / 0, if no rank has any items
-        return [count / items_per_rank if count else zero for count in counts]
+            total = torch.full((), sum(counts), device=self.device)
+            dist.all_reduce(total)  # adds up the numbers of all ranks
+        # If no rank has any items, this avoids 0 / 0.
+        return [count * self.num_ranks / total if count else 0.0 for count in counts]
 
 
 class Metrics:
@@ -366,10 +363,9 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            # Reading a value, as .item() does, would make the CPU wait for the GPU.
-            loss_sum = self.sums.get("loss", self.zero)
-            self.sums["loss"] = torch.add(loss_sum, mean_loss, alpha=count)
-            for name, value in sums.items():
+            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
+            for name, value in {"loss": loss_sum, **sums}.items():
+                # Reading a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
@@ -380,17 +376,18 @@ class Metrics:
         if of_all_ranks:
             by_rank = gather_from_all((sums, self.count))
         counts = [count for _, count in by_rank]
-        totals = Counter()
+        totals = {}
         for rank_sums, _ in by_rank:
-            totals.update(rank_sums)  # adds them (dict.update would replace)
+            for name, value in rank_sums.items():
+                totals[name] = totals.get(name, 0.0) + value
         return {name: total / sum(counts) for name, total in totals.items()}, counts
 
 
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. Nothing refers to a Trainer by now,
-    # so the garbage collector frees the model. Then wait briefly.
+    # still exists, or if a thread of Gloo is busy. If nothing refers to a Trainer, the
+    # garbage collector frees the model. Then wait briefly.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -426,7 +423,7 @@ def check_gradients(ddp_trainer, normal_trainer):
     same = difference < tolerance
     if not same:
         # Is it wrong, or only noise? See how much normal training differs from itself.
-        # If it is large, or the difference is not ten times as large, we cannot tell.
+        # If it is large, or more than a tenth of the difference, we cannot tell.
         noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
@@ -454,11 +451,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # In DDP, backward() divides by the number of ranks, and factors make up for that.
-    # Normal training does neither. In low precision, it would round differently, so let
-    # it do both here: multiply the factors, and divide the gradients at the end. (There
-    # is no scaler: tiny gradients become 0 both ways.)
-    num_ranks = 1 if trainer.is_ddp else len(batches)
+    # DDP's backward() divides by the number of ranks, so its factors are larger by that
+    # number. Normal training has smaller factors, and divides nothing. Low precision
+    # would round that differently. So let it multiply here, and divide at the end.
+    # (There is no scaler: tiny gradients become 0 both ways.)
+    scale = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -469,7 +466,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        loss.backward(factor * num_ranks)
+        (loss * (factor * scale)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -477,7 +474,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / num_ranks
+            gradients[name] = gradient.detach().to_dense().cpu() / scale
     model.zero_grad()
     return gradients
 
@@ -511,7 +508,7 @@ def print_epoch(epoch, args, results):
 
 
 def median_step_ms(results, num_steps):
-    """Return the ms per step in the median epoch, without the first, if possible."""
+    """Return the ms per step in the median epoch. If possible, skip the first one."""
     seconds = median(result["seconds"] for result in results[1:] or results)
     return 1000 * seconds / num_steps
 

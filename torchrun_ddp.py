@@ -29,7 +29,6 @@ import random
 import sys
 import time
 import zlib
-from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -87,11 +86,11 @@ def make_model(args):
 
 
 def compute_loss(model, batch):
-    """Return the mean loss of a batch, and a dict of metrics.
+    """Return the mean loss of a batch, and a dict of sums to report.
 
-    The loss is a mean over items: samples, or tokens. A metric is a sum over them: for
-    the accuracy, the number of correct answers. It will be divided by the total number
-    of items. Call the model as model(...): in training, its other methods bypass DDP.
+    The loss is a mean over items: samples, or tokens. Each sum, such as the number of
+    correct answers, will be divided by the total number of items, and printed by name.
+    Call model(...) itself: in training, model.module and other methods bypass DDP.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -107,8 +106,7 @@ def count_items(batch):
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# Can a batch have 0 items? Then its gradients have to be 0, not NaN. With cross_entropy
-# they are (although its loss is NaN). In a mean of your own, divide by max(count, 1).
+# (If a batch can have no items at all, see "Padding and tokens" in the README.)
 COUNTS_DIFFER = False
 
 
@@ -139,7 +137,7 @@ def wrap_in_ddp(model):
 
 @record  # so that torchrun's error report shows the exception of the failed rank
 def main():
-    # DDP 1: launch. torchrun has started all processes. If one fails, it ends them all.
+    # DDP 1: launch. torchrun has started all processes. If one fails, it ends the rest.
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
     # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
@@ -154,7 +152,7 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()
+    Trainer(args, device).train()  # not kept: leave_group() has to free the model
     leave_group()  # DDP 9, at the end of part 2
 
 
@@ -224,6 +222,7 @@ class Trainer:
         total_seconds = 0
         while self.epochs_done < self.args.epochs:
             means, samples, seconds = self.train_epoch()
+            compare_weights(self.model)  # warns if they differ between ranks
             total_seconds += seconds
             self.epochs_done += 1
             self.batches_done = 0
@@ -236,7 +235,6 @@ class Trainer:
                 means = self.validate()  # all ranks do this together
                 if self.rank == 0:
                     print(f"  validation  {as_text(means)}")
-            compare_weights(self.model)  # warns if they differ between ranks
         if self.rank == 0:
             print(f"DDP training time: {total_seconds:.2f} seconds")
 
@@ -287,9 +285,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # backward(f) computes the gradients of f * loss. Even a batch without
-                # items needs it, because the other ranks may wait for it.
-                self.scaler.scale(loss).backward(factors[index])
+                # Even a batch without items needs backward(): other ranks may wait.
+                self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
         if args.max_grad_norm:
@@ -304,19 +301,19 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. A step needs the
-        mean over the items of all ranks, so a batch should weigh count / all items. But
-        DDP divides the gradients by the number of ranks. To undo that, the factor is
-        count / items per rank. If all counts are equal, that is 1 / number of batches.
-        With 10 items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP then
-        computes (0.5 * mean_0 + 1.5 * mean_1) / 2 = (10 * mean_0 + 30 * mean_1) / 40.
+        mean over the items of all ranks, so a batch should weigh count / total. But DDP
+        divides the gradients by the number of ranks. So multiply by that number:
+            factor = count * world_size / total
+        If all counts are equal, this is 1 / number of batches (of this rank). With 10
+        items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP computes
+            (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
         """
-        # Unless COUNTS_DIFFER, every rank has as many items as this one.
-        items_per_rank = torch.full((), sum(counts), device=self.device)
+        total = sum(counts) * self.world_size  # if all ranks have as many as this one
         if COUNTS_DIFFER:
-            dist.all_reduce(items_per_rank)  # adds up the numbers of all ranks
-            items_per_rank /= self.world_size
-        zero = torch.zeros_like(items_per_rank)  # not 0 / 0, if no rank has any items
-        return [count / items_per_rank if count else zero for count in counts]
+            total = torch.full((), sum(counts), device=self.device)
+            dist.all_reduce(total)  # adds up the numbers of all ranks
+        # If no rank has any items, this avoids 0 / 0.
+        return [count * self.world_size / total if count else 0.0 for count in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -351,10 +348,9 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            # Reading a value, as .item() does, would make the CPU wait for the GPU.
-            loss_sum = self.sums.get("loss", self.zero)
-            self.sums["loss"] = torch.add(loss_sum, mean_loss, alpha=count)
-            for name, value in sums.items():
+            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
+            for name, value in {"loss": loss_sum, **sums}.items():
+                # Reading a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
@@ -363,17 +359,18 @@ class Metrics:
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
         by_rank = gather_from_all((sums, self.count))
         counts = [count for _, count in by_rank]
-        totals = Counter()
+        totals = {}
         for rank_sums, _ in by_rank:
-            totals.update(rank_sums)  # adds them (dict.update would replace)
+            for name, value in rank_sums.items():
+                totals[name] = totals.get(name, 0.0) + value
         return {name: total / sum(counts) for name, total in totals.items()}, counts
 
 
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. Nothing refers to a Trainer by now,
-    # so the garbage collector frees the model. Then wait briefly.
+    # still exists, or if a thread of Gloo is busy. If nothing refers to a Trainer, the
+    # garbage collector frees the model. Then wait briefly.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
