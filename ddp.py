@@ -4,11 +4,12 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
     python ddp.py
 
-starts one process per GPU of this machine (or two processes, without a GPU). In each
-epoch, the first process trains normally, on its own, and all processes together train
-with DDP. In a step, both ways use the same samples. With DDP, each process computes its
-share of them. In normal training, one process computes all of them, batch after batch,
-and adds up the gradients. For real training, or several machines, use torchrun_ddp.py.
+starts one process per GPU of this machine (or two processes, which share the cores,
+without a GPU). Two equal models take turns, an epoch each: the first process trains one
+normally, on its own, and all processes together train the other with DDP. In a step,
+both ways use the same samples. With DDP, each process computes its share of them. In
+normal training, one process computes all of them, batch after batch, and adds up the
+gradients. For real training, or several machines, use torchrun_ddp.py.
 
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
@@ -320,7 +321,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Even a batch without items needs backward(): other ranks may wait.
+                # Even a batch without items needs backward(): other ranks may wait. Its
+                # loss may be NaN, but only the gradients matter, and they are 0.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -369,7 +371,7 @@ class Metrics:
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
-        """Return means, and each rank's items. If of_all_ranks, all have to call it."""
+        """Return means, and the items per rank. All ranks call it, if of_all_ranks."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
         by_rank = [(sums, self.count)]
@@ -423,7 +425,7 @@ def check_gradients(ddp_trainer, normal_trainer):
     same = difference < tolerance
     if not same:
         # Is it wrong, or only noise? See how much normal training differs from itself.
-        # If it is large, or more than a tenth of the difference, we cannot tell.
+        # If this is much, or more than a tenth of the difference, we cannot tell.
         noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
@@ -451,10 +453,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # DDP's backward() divides by the number of ranks, so its factors are larger by that
-    # number. Normal training has smaller factors, and divides nothing. Low precision
-    # would round that differently. So let it multiply here, and divide at the end.
-    # (There is no scaler: tiny gradients become 0 both ways.)
+    # Let both ways run backward() on equally large losses, because low precision rounds
+    # small numbers differently. With 2 ranks and equal counts, the factors of DDP are
+    # 1, and it halves the gradients. Those of normal training are 1/2. So here, it also
+    # multiplies losses by 2, and halves the gradients at the end. (There is no scaler:
+    # tiny gradients become 0 both ways.)
     scale = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
@@ -864,7 +867,7 @@ def compare_data(dataset, args):
     if len(set(lengths)) > 1:
         stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
-        stop(f"{length} samples are too few: some rank would not have a whole batch")
+        stop(f"{length} samples are too few for a batch of {args.batch_size} per rank")
     seed_everything(args.seed)  # for the same samples and augmentation on all ranks
     indices = random.sample(range(length), min(args.batch_size, 8))
     batch = next(iter(make_loader(dataset, [indices], args)))

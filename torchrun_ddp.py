@@ -152,7 +152,7 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()  # not kept: leave_group() has to free the model
+    Trainer(args, device).train()  # not kept, so that leave_group() can free the model
     leave_group()  # DDP 9, at the end of part 2
 
 
@@ -173,10 +173,10 @@ class Trainer:
             self.dataset, validation_set = make_datasets(args)
         compare_data(self.dataset, args)
 
-        # DDP 4: shard. In each epoch, each rank trains on its own part of the data. All
-        # parts have the same number of full batches. What is left over is not used in
-        # this epoch. Choose the learning rate for the global batch, which is what all
-        # ranks together process in an optimizer step.
+        # DDP 4: shard. In each epoch, each rank trains on its own part of the shuffled
+        # data. All parts have the same number of full batches. What is left over is not
+        # used in this epoch. Choose the learning rate for the global batch, which is
+        # what all ranks together process in an optimizer step.
         self.samples_at_once = args.batch_size * self.world_size  # a batch per rank
         self.global_batch = self.samples_at_once * args.grad_accum_steps
         self.sampler = DistributedSampler(
@@ -188,7 +188,7 @@ class Trainer:
         self.validation_loader = None
         if validation_set is not None:
             # Every sample is used exactly once. (DistributedSampler would repeat some.)
-            # Ranks may have unequal numbers of batches: without DDP, nobody waits.
+            # Ranks may have unequal numbers, as validate() does not call ddp_model.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
@@ -285,7 +285,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Even a batch without items needs backward(): other ranks may wait.
+                # Even a batch without items needs backward(): other ranks may wait. Its
+                # loss may be NaN, but only the gradients matter, and they are 0.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -354,7 +355,7 @@ class Metrics:
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
-        """Return the means, and each rank's items. All ranks have to call this."""
+        """Return means, and each rank's number of items. All ranks have to call it."""
         sums = {name: value.item() for name, value in self.sums.items()}
         # DDP 8: measure globally. The mean of one rank covers only its own samples.
         by_rank = gather_from_all((sums, self.count))
@@ -626,7 +627,7 @@ def compare_data(dataset, args):
     if len(set(lengths)) > 1:
         stop(f'the ranks have {lengths} samples: see "Different data" in the README')
     if length < args.batch_size * dist.get_world_size():
-        stop(f"{length} samples are too few: some rank would not have a whole batch")
+        stop(f"{length} samples are too few for a batch of {args.batch_size} per rank")
     seed_everything(args.seed)  # for the same samples and augmentation on all ranks
     indices = random.sample(range(length), min(args.batch_size, 8))
     batch = next(iter(make_loader(dataset, [indices], args)))

@@ -68,5 +68,5 @@ def test_other_snapshots_end_all(results):
 
 
 def test_fewer_samples_than_a_batch(results):
-    says = "100 samples are too few: some rank would not have a whole batch"
+    says = "100 samples are too few for a batch of 64 per rank"
     assert results[2]["few samples"] == [says]
