@@ -16,8 +16,8 @@ you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, t
 Part 2 launches the processes and trains. Comments mark the main things that a script
 for one GPU does not need: DDP 1 launch, 2 join, 3 same data, 4 shard, 5 wrap, 6 rank 0
 prints, 7 reshuffle, 8 measure, 9 leave. (You meet 6 before 3.) Part 3 compares
-gradients. Part 4 measures time. Part 5 has flags, helpers, and guards against rare
-failures. You can skip it.
+gradients. Part 4 measures time. Part 5 has flags, helpers, the code that starts the
+processes, and guards against rare failures. You can skip it.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. All have to make the
@@ -115,14 +115,14 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return the number of items in the batch. See compute_loss."""
+    """Return over how many items compute_loss takes the mean."""
     _, labels = batch
     return len(labels)
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# (If a batch can have no items at all, see "Padding and tokens" in the README.)
+# (If a batch can have no items, a mean of your own has to divide by at least 1.)
 COUNTS_DIFFER = False
 
 
@@ -181,7 +181,8 @@ def run_rank(rank, args, host, port):
     gather_from_all(None)  # the first exchange connects the processes, or fails here
     try:
         is_right = compare(args, device, store)
-    except Exception:  # noqa: BLE001, otherwise only one rank's error is shown
+    except Exception:  # noqa: BLE001
+        # launch() ends all processes if one fails, and would show only one error.
         traceback.print_exc()
         sys.exit(1)
     leave_group()  # DDP 9, at the end of part 2
@@ -210,8 +211,8 @@ def compare(args, device, store):
     figures.update(measure_step(ddp_trainer, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    # A rank that finds DDP wrong ends with exit code 1, and launch() then ends all
-    # others. So wait for the report.
+    # If DDP is wrong, this rank will exit with code 1, and launch() will end the
+    # others. So wait until rank 0 has reported.
     others_wait_for_rank_0(store, "report")
     return figures["same_gradients"] is not False and figures["same_weights"]
 
@@ -293,6 +294,7 @@ class Trainer:
         self.model_to_call.train()
         start = time.perf_counter()
         batches = iter(self.loader)
+        # Read the batches of a step. The last step of an epoch may have fewer.
         while step_batches := list(islice(batches, self.batches_per_step)):
             self.train_step(step_batches, metrics)
             del step_batches  # frees these batches before the next ones are read
@@ -321,8 +323,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Even a batch without items needs backward(): other ranks may wait. Its
-                # loss may be NaN, but only the gradients matter, and they are 0.
+                # Even a batch without items needs backward(): other ranks may wait. By
+                # the factor 0, cross_entropy has gradients of 0, although it is NaN.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -346,7 +348,7 @@ class Trainer:
             (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
         (In normal training, num_ranks is 1.)
         """
-        total = sum(counts) * self.num_ranks  # if all ranks have as many as this one
+        total = sum(counts) * self.num_ranks  # right if all ranks have equally many
         if COUNTS_DIFFER and self.communicates:
             total = torch.full((), sum(counts), device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
@@ -388,8 +390,8 @@ class Metrics:
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. If nothing refers to a Trainer, the
-    # garbage collector frees the model. Then wait briefly.
+    # still exists, or if a thread of Gloo is busy. So free the model, to which nothing
+    # should refer any more, and give that thread time to finish.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -425,7 +427,7 @@ def check_gradients(ddp_trainer, normal_trainer):
     same = difference < tolerance
     if not same:
         # Is it wrong, or only noise? See how much normal training differs from itself.
-        # If this is much, or more than a tenth of the difference, we cannot tell.
+        # If the noise is large, or over a tenth of the difference, we cannot tell.
         noise, _ = largest_difference(expected, take_gradients(normal_trainer, batches))
         if noise > 0.1 or difference < 10 * noise:
             same = None
@@ -453,11 +455,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # Let both ways run backward() on equally large losses, because low precision rounds
-    # small numbers differently. With 2 ranks and equal counts, the factors of DDP are
-    # 1, and it halves the gradients. Those of normal training are 1/2. So here, it also
-    # multiplies losses by 2, and halves the gradients at the end. (There is no scaler:
-    # tiny gradients become 0 both ways.)
+    # Low precision rounds small numbers differently, so both ways should have equally
+    # large losses. The factors of DDP contain num_ranks (see loss_factors), and DDP
+    # divides by it afterwards. In normal training, num_ranks is 1, so multiply the
+    # losses by the number of ranks here, and divide the gradients by it below. (There
+    # is no scaler: tiny gradients become 0 both ways.)
     scale = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
@@ -627,7 +629,7 @@ def advice(figures, args):
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
     without_sync = figures["normal_step_ms"] / (data + compute)
-    if without_sync < 1.1:
+    if without_sync < 1.1:  # then even that would hardly help
         return f"{text}There is too little work to share: use a larger model or batch."
     return f"""{text}Averaging gradients takes up much of a step. Without it, the
         speedup would be {without_sync:.1f}. To come closer to that, accumulate

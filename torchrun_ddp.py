@@ -99,14 +99,14 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return the number of items in the batch. See compute_loss."""
+    """Return over how many items compute_loss takes the mean."""
     _, labels = batch
     return len(labels)
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# (If a batch can have no items at all, see "Padding and tokens" in the README.)
+# (If a batch can have no items, a mean of your own has to divide by at least 1.)
 COUNTS_DIFFER = False
 
 
@@ -137,7 +137,7 @@ def wrap_in_ddp(model):
 
 @record  # so that torchrun's error report shows the exception of the failed rank
 def main():
-    # DDP 1: launch. torchrun has started all processes. If one fails, it ends the rest.
+    # DDP 1: launch. torchrun has started all processes, and ends all if one fails.
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
     # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
@@ -218,7 +218,7 @@ class Trainer:
         self.ddp_model = wrap_in_ddp(self.model)  # shares its weights with self.model
 
     def train(self):
-        """Train and validate until all epochs are done."""
+        """Run the remaining epochs: train, save, validate."""
         total_seconds = 0
         while self.epochs_done < self.args.epochs:
             means, samples, seconds = self.train_epoch()
@@ -253,6 +253,7 @@ class Trainer:
         steps_done = 0
         start = time.perf_counter()
         batches = iter(epoch_loader)
+        # Read the batches of a step. The last step of an epoch may have fewer.
         while step_batches := list(islice(batches, self.args.grad_accum_steps)):
             self.train_step(step_batches, metrics)
             steps_done += 1
@@ -285,8 +286,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Even a batch without items needs backward(): other ranks may wait. Its
-                # loss may be NaN, but only the gradients matter, and they are 0.
+                # Even a batch without items needs backward(): other ranks may wait. By
+                # the factor 0, cross_entropy has gradients of 0, although it is NaN.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -309,7 +310,7 @@ class Trainer:
         items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP computes
             (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
         """
-        total = sum(counts) * self.world_size  # if all ranks have as many as this one
+        total = sum(counts) * self.world_size  # right if all ranks have equally many
         if COUNTS_DIFFER:
             total = torch.full((), sum(counts), device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
@@ -370,8 +371,8 @@ class Metrics:
 def leave_group():
     """Leave the process group, so that the process ends cleanly."""
     # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. If nothing refers to a Trainer, the
-    # garbage collector frees the model. Then wait briefly.
+    # still exists, or if a thread of Gloo is busy. So free the model, to which nothing
+    # should refer any more, and give that thread time to finish.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -431,7 +432,7 @@ def load_snapshot(trainer, path):
 
 
 def restore(trainer, snapshot):
-    """Set the state of the trainer. Raises ValueError if its settings have changed."""
+    """Set the state of the trainer. Raises ValueError if its settings are different."""
     old, new = snapshot["settings"], trainer.settings
     changed = [name for name in old if old[name] != new.get(name, old[name])]
     if changed:
