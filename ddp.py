@@ -323,8 +323,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Even a batch without items needs backward(): other ranks may wait. By
-                # the factor 0, cross_entropy has gradients of 0, although it is NaN.
+                # Even a batch without items needs backward(): other ranks may wait. Its
+                # gradients are 0, even with cross_entropy, whose value is then NaN.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
