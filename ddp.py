@@ -170,7 +170,7 @@ def run_rank(rank, args, host, port):
     # the process group, which is all processes. They meet at the server of main(). The
     # backend moves the data that they exchange: nccl is for GPUs, and gloo works on
     # CPUs, too.
-    device = choose_device(args, rank)
+    device = choose_device(rank)
     if args.definitions:
         use_definitions(args.definitions)  # instead of those in part 1
     store = dist.TCPStore(host, port)
@@ -646,8 +646,11 @@ def print_wrapped(text):
 
 
 def parse_args():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(
+        usage="python ddp.py [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     env_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
     try:
         load_dotenv(env_file)
@@ -672,8 +675,7 @@ def parse_args():
         help = f"{help} (default: {default})"
         add(flag, type=type(default), default=default, metavar="N", help=help)
     add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
-    can_use_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    backend = "nccl" if can_use_nccl else "gloo"
+    backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
     add("--backend", choices=["nccl", "gloo"], default=backend)
     help = "Python file with your versions of the definitions in part 1"
     add("--definitions", metavar="FILE", help=help)
@@ -686,6 +688,11 @@ def parse_args():
         name, ending = os.path.splitext(os.path.basename(args.definitions))
         if not os.path.isfile(args.definitions) or ending != ".py" or "." in name:
             parser.error(f"{args.definitions} is not a file with a name like mine.py")
+    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
+    can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
+    if not can_share and args.world_size > gpus:
+        problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
+        parser.error(f"{problem}: use --backend gloo, or a smaller --world_size")
     args.cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # on Linux, the cores that we may use
         args.cores = len(os.sched_getaffinity(0))
@@ -733,18 +740,12 @@ def seed_everything(seed):
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def choose_device(args, local_rank):
+def choose_device(local_rank):
     """Choose the device of this process. With gloo, processes can share a GPU."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
-    can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
-    if local_rank >= gpus and not can_share:
-        problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
-        print(f"{problem}. Use --backend gloo, or fewer processes", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
     return device
 
 

@@ -144,7 +144,7 @@ def main():
     # the process group, which is all processes. torchrun has set RANK, LOCAL_RANK,
     # WORLD_SIZE and the address where they meet, in the environment. The backend moves
     # the data that they exchange: nccl is for GPUs, and gloo works on CPUs, too.
-    device = choose_device(args, int(os.environ["LOCAL_RANK"]))
+    device = choose_device(int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)  # instead of those in part 1
     dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout))
@@ -477,8 +477,12 @@ def settings_to_keep(trainer):
 
 
 def parse_args():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(
+        usage="torchrun [options of torchrun] torchrun_ddp.py [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     numbers = [  # with their defaults and smallest values
         ("--epochs", 5, 1, "passes over the dataset"),
         ("--batch_size", 64, 1, "samples per process and batch"),
@@ -497,8 +501,7 @@ def parse_args():
         help = f"{help} (default: {default})"
         add(flag, type=type(default), default=default, metavar="N", help=help)
     add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
-    can_use_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    backend = "nccl" if can_use_nccl else "gloo"
+    backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
     add("--backend", choices=["nccl", "gloo"], default=backend)
     help = "Python file with your versions of the definitions in part 1"
     add("--definitions", metavar="FILE", help=help)
@@ -517,6 +520,11 @@ def parse_args():
         parser.error("start this script with torchrun, as --help shows")
     if args.save_every and not args.snapshot_path:
         parser.error("--save_every needs --snapshot_path")
+    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
+    can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in env
+    if not can_share and int(env["LOCAL_WORLD_SIZE"]) > gpus:
+        problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
+        parser.error(f"{problem}: use --backend gloo, or fewer processes")
     # Without this setting, restarted ranks find the old ranks' addresses in torchrun's
     # store, and try to connect to dead processes.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
@@ -566,18 +574,12 @@ def seed_everything(seed):
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def choose_device(args, local_rank):
+def choose_device(local_rank):
     """Choose the device of this process. With gloo, processes can share a GPU."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
-    can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
-    if local_rank >= gpus and not can_share:
-        problem = f"--backend nccl needs a GPU for each process. GPUs found: {gpus}"
-        print(f"{problem}. Use --backend gloo, or fewer processes", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
     return device
 
 

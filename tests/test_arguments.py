@@ -89,6 +89,30 @@ def test_bad_flags_of_torchrun_ddp(refuse, monkeypatch):
     assert "--save_every" in refuse(torchrun_ddp, "--snapshot_path a --save_every -1")
 
 
+def test_nccl_needs_a_gpu_for_each_process(refuse, monkeypatch):
+    """Unless NCCL is told to allow it."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    says = "--backend nccl needs a GPU for each process, and there are {}"
+    for script in (ddp, torchrun_ddp):  # device_count() is 8, but not one can be used
+        assert says.format(0) in refuse(script, "--backend nccl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert says.format(2) in refuse(ddp, "--backend nccl --world_size 3")
+    assert says.format(2) in refuse(torchrun_ddp, "--backend nccl")
+
+    monkeypatch.setattr("sys.argv", ["script.py", "--backend", "nccl"])
+    assert ddp.parse_args().world_size == 2  # by default, one process per GPU
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    torchrun_ddp.parse_args()
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    torchrun_ddp.parse_args()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr("sys.argv", ["script.py", "--backend", "gloo"])
+    torchrun_ddp.parse_args()
+
+
 def test_restarts_need_a_store_of_their_own(refuse, monkeypatch):
     """Of what torchrun sets: see test_faults.py for the real thing."""
     monkeypatch.setenv("LOCAL_RANK", "0")

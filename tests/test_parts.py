@@ -20,29 +20,13 @@ def two_gpus(monkeypatch):
     return owned
 
 
-CPU_ONLY = argparse.Namespace(backend="gloo")
-
-
 def test_a_rank_owns_a_gpu_before_it_is_used(two_gpus, monkeypatch):
-    devices = [ddp.choose_device(CPU_ONLY, local_rank) for local_rank in range(3)]
+    devices = [ddp.choose_device(local_rank) for local_rank in range(3)]
     assert [str(device) for device in devices] == ["cuda:0", "cuda:1", "cuda:0"]
     assert two_gpus == devices
     # device_count() alone may count GPUs that an old driver cannot use.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert str(ddp.choose_device(CPU_ONLY, 1)) == "cpu"
-
-
-def test_with_nccl_no_rank_is_without_a_gpu(two_gpus, monkeypatch, capsys):
-    """Unless NCCL is told to allow it."""
-    args = argparse.Namespace(backend="nccl")
-    assert str(ddp.choose_device(args, 1)) == "cuda:1"
-    with pytest.raises(SystemExit) as error:
-        ddp.choose_device(args, 2)
-    assert error.value.code == 2
-    says = "--backend nccl needs a GPU for each process. GPUs found: 2. Use --backend"
-    assert says in capsys.readouterr().err
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    assert str(ddp.choose_device(args, 2)) == "cuda:0"
+    assert str(ddp.choose_device(1)) == "cpu"
 
 
 def test_whatever_a_batch_is_made_of_is_moved_and_not_changed():
