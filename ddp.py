@@ -16,8 +16,8 @@ you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, t
 Part 2 launches the processes and trains. Comments mark the main things that a script
 for one GPU does not need: DDP 1 launch, 2 join, 3 same data, 4 shard, 5 wrap, 6 rank 0
 prints, 7 reshuffle, 8 measure, 9 leave. (You meet 6 before 3.) Part 3 compares
-gradients. Part 4 measures time. Part 5 has flags, helpers, the code that starts the
-processes, and guards against rare failures. You can skip it.
+gradients. Part 4 measures time. Part 5 has flags, helpers that you can look up when you
+meet them, the code that starts the processes, and guards against rare failures.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. All have to make the
@@ -106,7 +106,8 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, will be divided by the total number of items, and printed by name.
-    Call model(...) itself: in training, model.module and other methods bypass DDP.
+    Call model(...), not one of its methods: in training, the model is wrapped in DDP,
+    which averages gradients only after such a call.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -115,14 +116,14 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return over how many items compute_loss takes the mean."""
+    """Return the number of items that compute_loss averages over."""
     _, labels = batch
     return len(labels)
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# (If a batch can have no items, a mean of your own has to divide by at least 1.)
+# (If a batch can have none, and you compute the mean yourself, divide by max(n, 1).)
 COUNTS_DIFFER = False
 
 
@@ -139,7 +140,7 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, total_steps, args):
     """Return a scheduler or None. Its step() is called after each optimizer step."""
-    return  # None: keep the learning rate
+    return  # None, to keep the learning rate
 
 
 def wrap_in_ddp(model):
@@ -167,9 +168,8 @@ def run_rank(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
-    # the process group, which is all processes. They meet at the server of main(). The
-    # backend moves the data that they exchange: nccl is for GPUs, and gloo works on
-    # CPUs, too.
+    # the process group of all processes. They meet at the server of main(). The backend
+    # moves the data that they exchange: nccl is for GPUs, and gloo also works on CPUs.
     device = choose_device(rank)
     if args.definitions:
         use_definitions(args.definitions)  # instead of those in part 1
@@ -323,8 +323,9 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Even a batch without items needs backward(): other ranks may wait. Its
-                # gradients are 0, even with cross_entropy, whose value is then NaN.
+                # Even for a batch without items, call backward(): the other ranks may
+                # wait for this one in theirs. The factor is then 0. (cross_entropy's
+                # mean of no items is NaN, but its gradients are 0.)
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -339,21 +340,21 @@ class Trainer:
     def loss_factors(self, counts):
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
-        `counts` has the number of items in each batch of this rank. A step needs the
-        mean over the items of all ranks, so a batch should weigh count / total. But DDP
-        divides the gradients by the number of ranks. So multiply by that number:
-            factor = count * num_ranks / total
-        If all counts are equal, this is 1 / number of batches (of this rank). With 10
-        items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP computes
+        `counts` has the number of items in each batch of this rank. DDP averages over
+        ranks, not over items. So that all items of a step count equally,
+            factor = items in the batch / items that a rank has on average in this step
+        With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
             (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
-        (In normal training, num_ranks is 1.)
+        With 4 equally large batches on each rank, each factor is 1 / 4. (In normal training,
+        there is only one rank.)
         """
-        total = sum(counts) * self.num_ranks  # right if all ranks have equally many
+        items_per_rank = sum(counts)  # of this rank, and of the others if all are equal
         if COUNTS_DIFFER and self.communicates:
             total = torch.full((), sum(counts), device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
+            items_per_rank = total / self.num_ranks
         # If no rank has any items, this avoids 0 / 0.
-        return [count * self.num_ranks / total if count else 0.0 for count in counts]
+        return [count / items_per_rank if count else 0.0 for count in counts]
 
 
 class Metrics:
@@ -367,15 +368,14 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
-            for name, value in {"loss": loss_sum, **sums}.items():
+            for name, value in {"loss": mean_loss.double() * count, **sums}.items():
                 # Reading a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self, of_all_ranks):
-        """Return means, and the items per rank. All ranks call it, if of_all_ranks."""
+        """Return means, and items by rank. If of_all_ranks, all have to call this."""
         sums = {name: value.item() for name, value in self.sums.items()}
-        # DDP 8: measure globally. The mean of one rank covers only its own samples.
+        # DDP 8: measure globally. The mean of one rank covers only its own items.
         by_rank = [(sums, self.count)]
         if of_all_ranks:
             by_rank = gather_from_all((sums, self.count))
@@ -388,10 +388,10 @@ class Metrics:
 
 
 def leave_group():
-    """Leave the process group, so that the process ends cleanly."""
-    # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. So free the model, to which nothing
-    # should refer any more, and give that thread time to finish.
+    """Free the model, and leave the process group."""
+    # With Gloo, a process can crash when it ends (pytorch issue 190489), if the DDP
+    # model still exists, or if a thread of Gloo is busy. So free the model, which
+    # nothing uses any more, and give that thread time to finish.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -407,7 +407,7 @@ def check_gradients(ddp_trainer, normal_trainer):
     Rank 0 prints the result. Returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
-    # training. So even random augmentation is the same both ways. (A view would be sent
+    # training. That way, both see the same random augmentation. (A view would be sent
     # with the whole tensor behind it, so this sends copies.)
     batch = to_device(next(iter(ddp_trainer.loader)), "cpu", copy=True)
     batches = [None] * ddp_trainer.num_ranks if ddp_trainer.rank == 0 else None
@@ -455,11 +455,11 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # Low precision rounds small numbers differently, so both ways should have equally
-    # large losses. The factors of DDP contain num_ranks (see loss_factors), and DDP
-    # divides by it afterwards. In normal training, num_ranks is 1, so multiply the
-    # losses by the number of ranks here, and divide the gradients by it below. (There
-    # is no scaler: tiny gradients become 0 both ways.)
+    # DDP divides the gradients by the number of ranks, after backward(). In normal
+    # training, the factors of the losses are smaller by that number instead. But in low
+    # precision, very small numbers round to 0. So that both ways round the same, do
+    # here what DDP does: multiply the losses by the number of ranks, and divide the
+    # gradients by it below. (There is no scaler: tiny gradients become 0 both ways.)
     scale = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
@@ -531,8 +531,8 @@ def measure_step(ddp_trainer, results):
     # numbers are slow on CPUs, so round them to 0.
     torch.set_flush_denormal(True)
     # Time steps without reading data, and then also without averaging anything. The
-    # first saves "data", the second saves "sync", and the rest is "compute". (min()
-    # keeps noise from making a part negative.)
+    # first are shorter by "data", the second also by "sync". The rest is "compute".
+    # (min() keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
     ddp_trainer.communicates = False
     compute_ms = min(time_steps(ddp_trainer, batches, repeats), no_data_ms)
@@ -622,14 +622,14 @@ def advice(figures, args):
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
         return f"""{text}Rank {by_rank.index(slowest)} computes {slowest / usual:.1f}
-            times as long as a typical rank, and the others wait for it."""
+            times as long as a typical rank does, and the others wait for it."""
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
     without_sync = figures["normal_step_ms"] / (data + compute)
-    if without_sync < 1.1:  # then even that would hardly help
+    if without_sync < 1.1:  # even free averaging would hardly help
         return f"{text}There is too little work to share: use a larger model or batch."
     return f"""{text}Averaging gradients takes up much of a step. Without it, the
         speedup would be {without_sync:.1f}. To come closer to that, accumulate

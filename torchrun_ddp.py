@@ -90,7 +90,8 @@ def compute_loss(model, batch):
 
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, will be divided by the total number of items, and printed by name.
-    Call model(...) itself: in training, model.module and other methods bypass DDP.
+    Call model(...), not one of its methods: in training, the model is wrapped in DDP,
+    which averages gradients only after such a call.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -99,14 +100,14 @@ def compute_loss(model, batch):
 
 
 def count_items(batch):
-    """Return over how many items compute_loss takes the mean."""
+    """Return the number of items that compute_loss averages over."""
     _, labels = batch
     return len(labels)
 
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# (If a batch can have no items, a mean of your own has to divide by at least 1.)
+# (If a batch can have none, and you compute the mean yourself, divide by max(n, 1).)
 COUNTS_DIFFER = False
 
 
@@ -123,7 +124,7 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, total_steps, args):
     """Return a scheduler or None. Its step() is called after each optimizer step."""
-    return  # None: keep the learning rate
+    return  # None, to keep the learning rate
 
 
 def wrap_in_ddp(model):
@@ -141,9 +142,9 @@ def main():
     args = parse_args()
     guard_process(args)  # against rare failures: see part 4
     # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
-    # the process group, which is all processes. torchrun has set RANK, LOCAL_RANK,
-    # WORLD_SIZE and the address where they meet, in the environment. The backend moves
-    # the data that they exchange: nccl is for GPUs, and gloo works on CPUs, too.
+    # the process group of all processes. torchrun has set RANK, LOCAL_RANK, WORLD_SIZE
+    # and the address where they meet, in the environment. The backend moves the data
+    # that they exchange: nccl is for GPUs, and gloo also works on CPUs.
     device = choose_device(int(os.environ["LOCAL_RANK"]))
     if args.definitions:
         use_definitions(args.definitions)  # instead of those in part 1
@@ -152,7 +153,7 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()  # not kept, so that leave_group() can free the model
+    Trainer(args, device).train()  # not stored: leave_group() has to free the model
     leave_group()  # DDP 9, at the end of part 2
 
 
@@ -188,7 +189,7 @@ class Trainer:
         self.validation_loader = None
         if validation_set is not None:
             # Every sample is used exactly once. (DistributedSampler would repeat some.)
-            # Ranks may have unequal numbers, as validate() does not call ddp_model.
+            # The ranks may have unequal numbers, because validate() calls self.model.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
@@ -206,9 +207,7 @@ class Trainer:
             self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        # The id of the snapshot that this run has saved or loaded. If the file has
-        # another id, another run has replaced it, and save_snapshot() stops this one.
-        self.snapshot_id = None
+        self.snapshot_id = None  # of the snapshot that this run has saved or loaded
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -286,8 +285,9 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Even a batch without items needs backward(): other ranks may wait. Its
-                # gradients are 0, even with cross_entropy, whose value is then NaN.
+                # Even for a batch without items, call backward(): the other ranks may
+                # wait for this one in theirs. The factor is then 0. (cross_entropy's
+                # mean of no items is NaN, but its gradients are 0.)
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -302,20 +302,20 @@ class Trainer:
     def loss_factors(self, counts):
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
-        `counts` has the number of items in each batch of this rank. A step needs the
-        mean over the items of all ranks, so a batch should weigh count / total. But DDP
-        divides the gradients by the number of ranks. So multiply by that number:
-            factor = count * world_size / total
-        If all counts are equal, this is 1 / number of batches (of this rank). With 10
-        items on rank 0 and 30 on rank 1, the factors are 0.5 and 1.5. DDP computes
+        `counts` has the number of items in each batch of this rank. DDP averages over
+        ranks, not over items. So that all items of a step count equally,
+            factor = items in the batch / items that a rank has on average in this step
+        With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
             (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
+        With 4 equally large batches on each rank, each factor is 1 / 4.
         """
-        total = sum(counts) * self.world_size  # right if all ranks have equally many
+        items_per_rank = sum(counts)  # of this rank, and of the others if all are equal
         if COUNTS_DIFFER:
             total = torch.full((), sum(counts), device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
+            items_per_rank = total / self.world_size
         # If no rank has any items, this avoids 0 / 0.
-        return [count * self.world_size / total if count else 0.0 for count in counts]
+        return [count / items_per_rank if count else 0.0 for count in counts]
 
     def validate(self):
         """Return the means of the metrics over the whole validation set."""
@@ -350,15 +350,14 @@ class Metrics:
     def add(self, mean_loss, sums, count):
         if count:  # the mean of no items is NaN
             self.count += count
-            loss_sum = (self.zero + mean_loss) * count  # adding zero makes it float64
-            for name, value in {"loss": loss_sum, **sums}.items():
+            for name, value in {"loss": mean_loss.double() * count, **sums}.items():
                 # Reading a value, as .item() does, would make the CPU wait for the GPU.
                 self.sums[name] = self.sums.get(name, self.zero) + value
 
     def means(self):
         """Return means, and each rank's number of items. All ranks have to call it."""
         sums = {name: value.item() for name, value in self.sums.items()}
-        # DDP 8: measure globally. The mean of one rank covers only its own samples.
+        # DDP 8: measure globally. The mean of one rank covers only its own items.
         by_rank = gather_from_all((sums, self.count))
         counts = [count for _, count in by_rank]
         totals = {}
@@ -369,10 +368,10 @@ class Metrics:
 
 
 def leave_group():
-    """Leave the process group, so that the process ends cleanly."""
-    # Gloo can crash a process that is ending (pytorch issue 190489) if the DDP model
-    # still exists, or if a thread of Gloo is busy. So free the model, to which nothing
-    # should refer any more, and give that thread time to finish.
+    """Free the model, and leave the process group."""
+    # With Gloo, a process can crash when it ends (pytorch issue 190489), if the DDP
+    # model still exists, or if a thread of Gloo is busy. So free the model, which
+    # nothing uses any more, and give that thread time to finish.
     gc.collect()
     time.sleep(0.1)
     dist.destroy_process_group()  # DDP 9: leave
@@ -388,7 +387,7 @@ def save_snapshot(trainer, path):
         sys.exit("the weights are no longer finite, so no snapshot is saved")
     if os.path.exists(path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if saved["snapshot_id"] != trainer.snapshot_id:
+        if saved["snapshot_id"] != trainer.snapshot_id:  # not the one of this run
             sys.exit(f"another run has saved to {path}, so this one stops")
     trainer.snapshot_id = time.time()  # other runs save at other moments
     snapshot = {

@@ -156,8 +156,10 @@ def waits(args):
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            seen[function.overloadpacket.__name__] += 1
-            return function(*arguments, **(options or {}))
+            name, options = function.overloadpacket.__name__, options or {}
+            if name != "_to_copy" or "device" in options:  # or it changes the dtype
+                seen[name] += 1
+            return function(*arguments, **options)
 
     def watched(*arguments):
         with Watch():
