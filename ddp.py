@@ -4,8 +4,8 @@ Does DDP compute the right gradients? Is it faster? If not, why not?
 
     python ddp.py
 
-starts one process per GPU of this machine (or two processes, which share the cores,
-without a GPU). Two equal models take turns, an epoch each: the first process trains one
+starts one process per GPU of this machine. Without a GPU, it starts two that share the
+cores. Two equal models take turns, an epoch each: the first process trains one
 normally, on its own, and all processes together train the other with DDP. In a step,
 both ways use the same samples. With DDP, each process computes its share of them. In
 normal training, one process computes all of them, batch after batch, and adds up the
@@ -15,9 +15,9 @@ Part 1 defines the data and the model: edit it, or write your versions to a file
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
 Part 2 launches the processes and trains. Comments mark the main things that a script
 for one GPU does not need: DDP 1 launch, 2 join, 3 same data, 4 shard, 5 wrap, 6 rank 0
-prints, 7 reshuffle, 8 measure, 9 leave. (You meet 6 before 3.) Part 3 compares
-gradients. Part 4 measures time. Part 5 has flags, helpers that you can look up when you
-meet them, the code that starts the processes, and guards against rare failures.
+prints, 7 reshuffle, 8 measure, 9 leave. Part 3 compares gradients. Part 4 measures
+time. Part 5 has flags, helpers that you can look up when you meet them, the code that
+starts the processes, and guards against rare failures.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. All have to make the
@@ -91,7 +91,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None. All ranks need the same."""
+    """Return a training set, and a validation set or None, equal on all ranks."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -123,7 +123,8 @@ def count_items(batch):
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# (If a batch can have none, and you compute the mean yourself, divide by max(n, 1).)
+# If a batch can have no items, its gradients have to be 0. Those of cross_entropy are,
+# although its value is NaN. For a mean of your own, divide by at least 1 item.
 COUNTS_DIFFER = False
 
 
@@ -154,26 +155,26 @@ def wrap_in_ddp(model):
 
 def main():
     args = parse_args()
-    server = open_store()  # a small key-value server, where the processes meet
+    store = open_store()  # a small key-value server, where the processes meet
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {kind}, {args.backend}, {args.precision}")
     global_batch = args.batch_size * args.grad_accum_steps * args.world_size
     line = f"world size {args.world_size}, global batch {global_batch:,}"
     print(line if kind == "cuda" else f"{line}, {args.cores} cores", flush=True)
     # DDP 1: launch. Start the processes. Each calls run_rank(rank, *arguments).
-    launch(run_rank, (args, server.host, server.port), args.world_size)
+    launch(run_rank, (args, store.host, store.port), args.world_size)
 
 
 def run_rank(rank, args, host, port):
     """Join the other processes, compare, and leave. Runs in each new process."""
     prepare_process(rank, args)
     # DDP 2: first take a GPU, as all processes would otherwise use GPU 0. Then join
-    # the process group of all processes. They meet at the server of main(). The backend
+    # the process group of all processes. They meet at the store of main(). The backend
     # moves the data that they exchange: nccl is for GPUs, and gloo also works on CPUs.
     device = choose_device(rank)
     if args.definitions:
         use_definitions(args.definitions)  # instead of those in part 1
-    store = dist.TCPStore(host, port)
+    store = dist.TCPStore(host, port)  # connects to it
     limit = timedelta(seconds=args.timeout)
     dist.init_process_group(
         args.backend, store=store, rank=rank, world_size=args.world_size, timeout=limit
@@ -211,10 +212,11 @@ def compare(args, device, store):
     figures.update(measure_step(ddp_trainer, results["ddp"]))
     if rank == 0:
         report(figures, results, args)
-    # If DDP is wrong, this rank will exit with code 1, and launch() will end the
-    # others. So wait until rank 0 has reported.
+    # If a rank exits with code 1, launch() ends the others. So none of them leaves
+    # before rank 0 has reported.
     others_wait_for_rank_0(store, "report")
-    return figures.get("same_gradients") is not False and figures["same_weights"]
+    is_wrong = figures.get("same_gradients") is False  # only rank 0 can know
+    return figures["same_weights"] and not is_wrong
 
 
 def make_trainers(args, device, store):
@@ -254,7 +256,8 @@ class Trainer:
         # part of the samples. If their order is a b c d, a step with batches of 2 has
         #     with DDP:  a c on rank 0, b d on rank 1
         #     normally:  a b, then c d
-        # The last samples, too few for one more batch per rank, are never used.
+        # Samples at the end of the dataset, too few for one more batch per rank, are
+        # never used.
         samples_at_once = args.batch_size * args.world_size  # a batch per rank
         num_samples = len(dataset) // samples_at_once * samples_at_once
         indices = range(num_samples)  # the sampler only needs their number
@@ -323,9 +326,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Even for a batch without items, call backward(): the other ranks may
-                # wait for this one in theirs. The factor is then 0. (cross_entropy's
-                # mean of no items is NaN, but its gradients are 0.)
+                # Call backward() even for a batch without items (see COUNTS_DIFFER),
+                # because the ranks wait for each other there.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -348,12 +350,12 @@ class Trainer:
         With 4 equally large batches on each rank, each factor is 1 / 4. (In normal training,
         there is only one rank.)
         """
-        items_per_rank = sum(counts)  # of this rank, and of the others if all are equal
+        items_per_rank = sum(counts)  # the average, if all ranks have equally many
         if COUNTS_DIFFER and self.communicates:
             total = torch.full((), sum(counts), device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
             items_per_rank = total / self.num_ranks
-        # If no rank has any items, this avoids 0 / 0.
+        # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
         return [count / items_per_rank if count else 0.0 for count in counts]
 
 
@@ -389,8 +391,8 @@ class Metrics:
 
 def leave_group():
     """Free the model, and leave the process group."""
-    # With Gloo, a process can crash when it ends (pytorch issue 190489), if the DDP
-    # model still exists, or if a thread of Gloo is busy. So free the model, which
+    # With Gloo, a process can crash at its end if the DDP model still exists, or if a
+    # thread of Gloo is still busy (pytorch issue 190489). So free the model, which
     # nothing uses any more, and give that thread time to finish.
     gc.collect()
     time.sleep(0.1)
@@ -455,12 +457,12 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # DDP divides the gradients by the number of ranks, after backward(). In normal
-    # training, the factors of the losses are smaller by that number instead. But in low
-    # precision, very small numbers round to 0. So that both ways round the same, do
-    # here what DDP does: multiply the losses by the number of ranks, and divide the
-    # gradients by it below. (There is no scaler: tiny gradients become 0 both ways.)
-    scale = 1 if trainer.is_ddp else len(batches)
+    # DDP's factors are count / items per rank, and then DDP divides the gradients by
+    # the number of ranks. In normal training, the factors are count / all items, so the
+    # losses are divided from the start. In low precision, that may round small numbers
+    # to 0. So multiply these losses by the number of ranks, and divide the gradients
+    # by it at the end. (There is no scaler: tiny gradients become 0 both ways.)
+    divisor = 1 if trainer.is_ddp else len(batches)
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -471,7 +473,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * scale)).backward()
+        (loss * (factor * divisor)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -479,7 +481,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / scale
+            gradients[name] = gradient.detach().to_dense().cpu() / divisor
     model.zero_grad()
     return gradients
 
@@ -530,9 +532,10 @@ def measure_step(ddp_trainer, results):
     # As the model overfits these few batches, its gradients become tiny. Denormal
     # numbers are slow on CPUs, so round them to 0.
     torch.set_flush_denormal(True)
-    # Time steps without reading data, and then also without averaging anything. The
-    # first are shorter by "data", the second also by "sync". The rest is "compute".
-    # (min() keeps noise from making a part negative.)
+    # Time steps on batches that have been read, and then also without averaging:
+    #     data = whole step - step on batches that have been read
+    #     sync = step on batches that have been read - the same without averaging
+    # What remains is "compute". (min() keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
     ddp_trainer.communicates = False
     compute_ms = min(time_steps(ddp_trainer, batches, repeats), no_data_ms)
@@ -560,7 +563,7 @@ def time_steps(trainer, batches, repeats):
 
 
 def report(figures, results, args):
-    """Print times and a verdict, and write all figures to the file of --json."""
+    """Print times and a verdict. With --json, write all figures to that file."""
     figures.update(results)
     for name, way in (("Normal", "normal"), ("DDP", "ddp")):
         seconds = sum(result["seconds"] for result in results[way])
@@ -663,8 +666,8 @@ def parse_args():
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
         ("--learning_rate", 0.01, 0, "passed to make_optimizer"),
         ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
-        ("--dataset_length", 20000, 1, "samples in the dataset"),
-        ("--input_size", 100, 1, "features per sample"),
+        ("--dataset_length", 20000, 1, "samples in MyDataset"),
+        ("--input_size", 100, 1, "features per sample of MyDataset"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "seed of the weights, data and shuffling"),
         ("--timeout", 600.0, 1, "seconds to wait for a rank or a DataLoader worker"),
@@ -688,7 +691,7 @@ def parse_args():
         name, ending = os.path.splitext(os.path.basename(args.definitions))
         if not os.path.isfile(args.definitions) or ending != ".py" or "." in name:
             parser.error(f"{args.definitions} is not a file with a name like mine.py")
-    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
+    # NCCL 2.30 can share GPUs, too, if this variable is set. It is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if not can_share and args.world_size > gpus:
         problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
@@ -813,18 +816,18 @@ def open_store():
     address = os.environ.get("MASTER_ADDR") or "localhost"
     port = os.environ.get("MASTER_PORT") or "0"
     try:
-        server = socket.create_server((address, int(port)))
+        listener = socket.create_server((address, int(port)))
     except (OSError, OverflowError, ValueError) as reason:
         problem = f"MASTER_ADDR={address} MASTER_PORT={port}: {reason}"
         print(f"ddp.py: error: {problem}", file=sys.stderr)
         sys.exit(2)
-    host, port = server.getsockname()
+    host, port = listener.getsockname()
     return dist.TCPStore(
         host,
         port,
         is_master=True,
         wait_for_workers=False,
-        master_listen_fd=server.detach(),
+        master_listen_fd=listener.detach(),
         use_libuv=False,  # libuv, the default, cannot take a socket in PyTorch 2.6
     )
 

@@ -75,7 +75,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None. All ranks need the same."""
+    """Return a training set, and a validation set or None, equal on all ranks."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -107,7 +107,8 @@ def count_items(batch):
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# (If a batch can have none, and you compute the mean yourself, divide by max(n, 1).)
+# If a batch can have no items, its gradients have to be 0. Those of cross_entropy are,
+# although its value is NaN. For a mean of your own, divide by at least 1 item.
 COUNTS_DIFFER = False
 
 
@@ -153,7 +154,7 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()  # not stored: leave_group() has to free the model
+    Trainer(args, device).train()  # not stored: leave_group() frees what is unused
     leave_group()  # DDP 9, at the end of part 2
 
 
@@ -189,12 +190,13 @@ class Trainer:
         self.validation_loader = None
         if validation_set is not None:
             # Every sample is used exactly once. (DistributedSampler would repeat some.)
-            # The ranks may have unequal numbers, because validate() calls self.model.
+            # Some ranks may have one batch more than others. Nobody waits for it, as
+            # validate() uses the model without DDP.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
 
-        seed_everything(args.seed)  # again, as make_datasets may draw numbers
+        seed_everything(args.seed)  # again, as reading data may have drawn numbers
         self.model = make_model(args).to(device)
         self.optimizer = make_optimizer(self.model, args)
         steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
@@ -285,9 +287,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Even for a batch without items, call backward(): the other ranks may
-                # wait for this one in theirs. The factor is then 0. (cross_entropy's
-                # mean of no items is NaN, but its gradients are 0.)
+                # Call backward() even for a batch without items (see COUNTS_DIFFER),
+                # because the ranks wait for each other there.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -309,12 +310,12 @@ class Trainer:
             (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
         With 4 equally large batches on each rank, each factor is 1 / 4.
         """
-        items_per_rank = sum(counts)  # of this rank, and of the others if all are equal
+        items_per_rank = sum(counts)  # the average, if all ranks have equally many
         if COUNTS_DIFFER:
             total = torch.full((), sum(counts), device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
             items_per_rank = total / self.world_size
-        # If no rank has any items, this avoids 0 / 0.
+        # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
         return [count / items_per_rank if count else 0.0 for count in counts]
 
     def validate(self):
@@ -369,8 +370,8 @@ class Metrics:
 
 def leave_group():
     """Free the model, and leave the process group."""
-    # With Gloo, a process can crash when it ends (pytorch issue 190489), if the DDP
-    # model still exists, or if a thread of Gloo is busy. So free the model, which
+    # With Gloo, a process can crash at its end if the DDP model still exists, or if a
+    # thread of Gloo is still busy (pytorch issue 190489). So free the model, which
     # nothing uses any more, and give that thread time to finish.
     gc.collect()
     time.sleep(0.1)
@@ -389,7 +390,7 @@ def save_snapshot(trainer, path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if saved["snapshot_id"] != trainer.snapshot_id:  # not the one of this run
             sys.exit(f"another run has saved to {path}, so this one stops")
-    trainer.snapshot_id = time.time()  # other runs save at other moments
+    trainer.snapshot_id = time.time()  # other runs save at different moments
     snapshot = {
         "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
         "optimizer": trainer.optimizer.state_dict(),
@@ -488,8 +489,8 @@ def parse_args():
         ("--grad_accum_steps", 1, 1, "batches per process and optimizer step"),
         ("--learning_rate", 0.01, 0, "passed to make_optimizer"),
         ("--max_grad_norm", 0.0, 0, "clip gradients to this norm; 0: do not clip"),
-        ("--dataset_length", 20000, 1, "samples in the dataset"),
-        ("--input_size", 100, 1, "features per sample"),
+        ("--dataset_length", 20000, 1, "samples in MyDataset"),
+        ("--input_size", 100, 1, "features per sample of MyDataset"),
         ("--num_workers", 0, 0, "DataLoader workers per process"),
         ("--seed", 0, 0, "seed of the weights, data and shuffling"),
         ("--timeout", 600.0, 1, "seconds to wait for a rank or a DataLoader worker"),
@@ -519,7 +520,7 @@ def parse_args():
         parser.error("start this script with torchrun, as --help shows")
     if args.save_every and not args.snapshot_path:
         parser.error("--save_every needs --snapshot_path")
-    # NCCL 2.30 can share GPUs, too, if this variable is set, which is meant for tests.
+    # NCCL 2.30 can share GPUs, too, if this variable is set. It is meant for tests.
     can_share = args.backend == "gloo" or "NCCL_MULTI_RANK_GPU_ENABLE" in env
     if not can_share and int(env["LOCAL_WORLD_SIZE"]) > gpus:
         problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
