@@ -629,11 +629,11 @@ def advice(figures, args):
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
-    if sync < 0.2 * (data + compute + sync):
-        return f"{text}The largest part of a step is computing, as it should be."
     without_sync = figures["normal_step_ms"] / (data + compute)
     if without_sync < 1.1:  # even free averaging would hardly help
         return f"{text}There is too little work to share: use a larger model or batch."
+    if sync < 0.2 * (data + compute + sync):
+        return f"{text}The largest part of a step is computing, as it should be."
     return f"""{text}Averaging gradients takes up much of a step. Without it, the
         speedup would be {without_sync:.1f}. To come closer to that, accumulate
         gradients, as with --grad_accum_steps {4 * args.grad_accum_steps}. This enlarges

@@ -130,6 +130,7 @@ def verdict(speedup=1.5, spread=0.1, parts=(1.0, 3.0, 1.0), **changes):
         ({"parts": (1, 3, 4)}, "Without it, the speedup would be 1.9."),  # 7.5 / 4
         ({"parts": (1, 3, 4)}, "as with --grad_accum_steps 12."),
         ({"parts": (1, 6, 40)}, "There is too little work to share"),
+        ({"parts": (1, 6, 0.5)}, "There is too little work to share"),
         (
             {"parts": (5, 1, 0.1)},
             "Loading data takes the longest: try --num_workers 2.",
