@@ -390,12 +390,8 @@ class Metrics:
 
 
 def leave_group():
-    """Free the model, and leave the process group."""
-    # With Gloo, a process can crash at its end if the DDP model still exists, or if a
-    # thread of Gloo is still busy (pytorch issue 190489). So free the model, which
-    # nothing uses any more, and give that thread time to finish.
-    gc.collect()
-    time.sleep(0.1)
+    """Leave the process group. Nothing may use the DDP model any more."""
+    guard_exit()  # against a rare failure: see the last part
     dist.destroy_process_group()  # DDP 9: leave
 
 
@@ -920,6 +916,16 @@ def guard_process(args):
     # of Gloo frees a message. A short wait lets that thread finish.
     if args.backend == "gloo" and sys.version_info < (3, 12):
         os.register_at_fork(before=lambda: time.sleep(0.05))
+
+
+def guard_exit():
+    """Guard against a crash of Gloo when the process ends (pytorch issue 190489).
+
+    That can happen if the DDP model still exists, or if a thread of Gloo is still busy.
+    So free the model, and give that thread time to finish.
+    """
+    gc.collect()
+    time.sleep(0.1)
 
 
 if __name__ == "__main__":
