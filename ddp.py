@@ -91,7 +91,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None, equal on all ranks."""
+    """Return a training set and a validation set (or None), the same on all ranks."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -107,7 +107,9 @@ def compute_loss(model, batch):
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, will be divided by the total number of items, and printed by name.
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
-    which averages gradients only after such a call.
+    which averages gradients only after such a call. If a batch can have no items, as
+    when a text is only padding, the gradients of its loss have to be 0. cross_entropy
+    does that. In a mean of your own, divide the sum by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -123,8 +125,6 @@ def count_items(batch):
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# If a batch can have no items, its gradients have to be 0. Those of cross_entropy are,
-# although its value is NaN. For a mean of your own, divide by at least 1 item.
 COUNTS_DIFFER = False
 
 
@@ -249,7 +249,7 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.communicates = is_ddp  # measure_step turns this off
+        self.communicates = is_ddp  # turned off only to time steps without it
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its
@@ -326,7 +326,7 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Call backward() even for a batch without items (see COUNTS_DIFFER),
+                # Call backward() even for a batch without items (see compute_loss),
                 # because the ranks wait for each other there.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
@@ -342,13 +342,14 @@ class Trainer:
     def loss_factors(self, counts):
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
-        `counts` has the number of items in each batch of this rank. DDP averages over
-        ranks, not over items. So that all items of a step count equally,
+        `counts` has the number of items in each batch of this rank. All items of a step
+        should count equally. But DDP averages over ranks, whether they have many items
+        or few. So each batch is weighed by its size, relative to the average rank:
             factor = items in the batch / items that a rank has on average in this step
         With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
-            (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
-        With 4 equally large batches on each rank, each factor is 1 / 4. (In normal training,
-        there is only one rank.)
+            (10/20 * loss_0 + 30/20 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
+        With 4 equally large batches on each rank, each factor is 1/4.
+        In normal training, there is only one rank.
         """
         items_per_rank = sum(counts)  # the average, if all ranks have equally many
         if COUNTS_DIFFER and self.communicates:
@@ -401,8 +402,8 @@ def leave_group():
 def check_gradients(ddp_trainer, normal_trainer):
     """On one batch per rank, compare DDP's gradients with those of normal training.
 
-    This does not check accumulation, clipping or the optimizer. Nothing is trained.
-    Rank 0 prints the result. Returns figures.
+    This does not check accumulation, clipping or the optimizer, and does not change
+    the weights. Rank 0 prints the result, and returns figures.
     """
     # Every rank reads a batch, as in training. Rank 0 gets all of them, for normal
     # training. That way, both see the same random augmentation. (A view would be sent
@@ -453,12 +454,12 @@ def take_gradients(trainer, batches):
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # DDP's factors are count / items per rank, and then DDP divides the gradients by
-    # the number of ranks. In normal training, the factors are count / all items, so the
-    # losses are divided from the start. In low precision, that may round small numbers
-    # to 0. So multiply these losses by the number of ranks, and divide the gradients
-    # by it at the end. (There is no scaler: tiny gradients become 0 both ways.)
-    divisor = 1 if trainer.is_ddp else len(batches)
+    # DDP's factors are count / items per rank, and DDP divides the gradients by the
+    # number of ranks. Normal training has factors of count / all items. That is the
+    # same, but rounds differently in low precision. So do as DDP does: multiply by the
+    # number of ranks here, and divide the gradients by it below. (There is no scaler:
+    # what float16 rounds to 0 is 0 both ways.)
+    ranks = 1 if trainer.is_ddp else len(batches)  # DDP divides by itself
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -469,7 +470,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * divisor)).backward()
+        (loss * (factor * ranks)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -477,7 +478,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / divisor
+            gradients[name] = gradient.detach().to_dense().cpu() / ranks
     model.zero_grad()
     return gradients
 
@@ -522,7 +523,7 @@ def measure_step(ddp_trainer, results):
     All ranks have to call this, after training: it changes the weights.
     """
     whole_ms = median_step_ms(results, ddp_trainer.num_steps)
-    # Repeat steps for about 0.4 seconds. All ranks take the same number, rank 0's.
+    # Repeat steps for about 0.4 seconds. All ranks take as many as rank 0.
     repeats = max(2, round(400 / gather_from_all(whole_ms)[0]))
     batches = list(islice(ddp_trainer.loader, 4 * ddp_trainer.batches_per_step))
     # As the model overfits these few batches, its gradients become tiny. Denormal
@@ -530,7 +531,7 @@ def measure_step(ddp_trainer, results):
     torch.set_flush_denormal(True)
     # Time steps on batches that have been read, and then also without averaging:
     #     data = whole step - step on batches that have been read
-    #     sync = step on batches that have been read - the same without averaging
+    #     sync = that step - the same step without averaging
     # What remains is "compute". (min() keeps noise from making a part negative.)
     no_data_ms = min(time_steps(ddp_trainer, batches, repeats), whole_ms)
     ddp_trainer.communicates = False
@@ -652,7 +653,7 @@ def parse_args():
     )
     env_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
     try:
-        load_dotenv(env_file)
+        load_dotenv(env_file)  # sets MASTER_ADDR and MASTER_PORT, if it exists
     except UnicodeDecodeError as reason:
         parser.error(f"{env_file}: {reason}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -786,7 +787,7 @@ def others_wait_for_rank_0(store, event):
     """
     if dist.get_rank() == 0:
         store.set(event, "done")
-    store.wait([event], timedelta(days=20))  # longer than anyone waits
+    store.wait([event], timedelta(days=20))  # in effect, no limit
 
 
 def as_text(means):
@@ -848,7 +849,7 @@ def launch(function, arguments, num_processes):
 
 
 def prepare_process(rank, args):
-    """Guard this process, and set the variables that torchrun would set."""
+    """Set up this process: guards, threads, and the variables that torchrun sets."""
     guard_process(args)
     if os.getppid() != mp.parent_process().pid:  # the parent has ended already
         sys.exit(1)

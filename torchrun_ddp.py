@@ -75,7 +75,7 @@ class MyModel(nn.Module):
 
 
 def make_datasets(args):
-    """Return a training set, and a validation set or None, equal on all ranks."""
+    """Return a training set and a validation set (or None), the same on all ranks."""
     length, size = args.dataset_length, args.input_size
     validation_set = MyDataset(length // 10 or 1, size, seed=args.seed + 1)
     return MyDataset(length, size, seed=args.seed), validation_set
@@ -91,7 +91,9 @@ def compute_loss(model, batch):
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, will be divided by the total number of items, and printed by name.
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
-    which averages gradients only after such a call.
+    which averages gradients only after such a call. If a batch can have no items, as
+    when a text is only padding, the gradients of its loss have to be 0. cross_entropy
+    does that. In a mean of your own, divide the sum by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -107,8 +109,6 @@ def count_items(batch):
 
 # Set this to True if count_items can differ between ranks, as numbers of tokens do. In
 # each step, the ranks then exchange these numbers, so that all items count equally.
-# If a batch can have no items, its gradients have to be 0. Those of cross_entropy are,
-# although its value is NaN. For a mean of your own, divide by at least 1 item.
 COUNTS_DIFFER = False
 
 
@@ -190,8 +190,8 @@ class Trainer:
         self.validation_loader = None
         if validation_set is not None:
             # Every sample is used exactly once. (DistributedSampler would repeat some.)
-            # Some ranks may have one batch more than others. Nobody waits for it, as
-            # validate() uses the model without DDP.
+            # Some ranks may have one batch more than others. That does no harm, because
+            # validate() calls the model without DDP, which exchanges nothing.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
@@ -287,7 +287,7 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Call backward() even for a batch without items (see COUNTS_DIFFER),
+                # Call backward() even for a batch without items (see compute_loss),
                 # because the ranks wait for each other there.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
@@ -303,12 +303,13 @@ class Trainer:
     def loss_factors(self, counts):
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
-        `counts` has the number of items in each batch of this rank. DDP averages over
-        ranks, not over items. So that all items of a step count equally,
+        `counts` has the number of items in each batch of this rank. All items of a step
+        should count equally. But DDP averages over ranks, whether they have many items
+        or few. So each batch is weighed by its size, relative to the average rank:
             factor = items in the batch / items that a rank has on average in this step
         With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
-            (0.5 * loss_0 + 1.5 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
-        With 4 equally large batches on each rank, each factor is 1 / 4.
+            (10/20 * loss_0 + 30/20 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
+        With 4 equally large batches on each rank, each factor is 1/4.
         """
         items_per_rank = sum(counts)  # the average, if all ranks have equally many
         if COUNTS_DIFFER:
