@@ -91,9 +91,10 @@ def compute_loss(model, batch):
     The loss is a mean over items: samples, or tokens. Each sum, such as the number of
     correct answers, will be divided by the total number of items, and printed by name.
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
-    which averages gradients only after such a call. If a batch can have no items, as
-    when a text is only padding, the gradients of its loss have to be 0. cross_entropy
-    does that. In a mean of your own, divide the sum by max(count, 1).
+    which averages gradients only after such a call.
+
+    If a batch can have no items, for example only padding, its gradients have to be 0.
+    Those of cross_entropy are. To compute a mean yourself, divide by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
