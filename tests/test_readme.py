@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import socket
 import sys
 import textwrap
 
@@ -95,10 +94,22 @@ CHANGES = {  # of the loop, and of the check, with what it says then
 
 
 IN_TURN = """
-import os, runpy, sys, torch
+import os, runpy, socket, sys, time, torch
 torch.optim.Adam([torch.zeros(1)])  # imports what takes another second
 os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or the next finds old addresses
-for file, port in zip(sys.argv[1::2], sys.argv[2::2]):
+def free_port(file):
+    # Rank 0 chooses it just before it is used: somebody might take it.
+    if os.environ["RANK"] == "0":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1])
+        with open(file + ".tmp", "w") as output:
+            output.write(port)
+        os.replace(file + ".tmp", file + ".port")
+    while not os.path.exists(file + ".port"):
+        time.sleep(0.01)
+    return open(file + ".port").read()
+for file in sys.argv[1:]:
+    port = free_port(file)
     if os.fork() == 0:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         with open(f"{file}.{os.environ['RANK']}", "w") as sys.stdout:
@@ -121,12 +132,7 @@ def test_the_check_of_a_loop(finish, folder):
         imports = "import contextlib\nimport copy\n"
         files[name] = f"{name.replace(' ', '_')}.py"
         (folder / files[name]).write_text(imports + block("def check(") + code)
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in files]
-    ports = [str(server.getsockname()[1]) for server in servers]
-    for server in servers:
-        server.close()
-    pairs = [word for pair in zip(files.values(), ports) for word in pair]
-    finish([*STANDALONE, "in_turn.py", *pairs])
+    finish([*STANDALONE, "in_turn.py", *files.values()])
     for name, file in files.items():
         output = (folder / f"{file}.0").read_text()
         verdict, difference = output.splitlines()[0].split()
