@@ -110,7 +110,7 @@ def compute_loss(model, batch):
     which averages gradients only after such a call.
 
     If a batch can have no items, for example only padding, its gradients have to be 0.
-    Those of cross_entropy are. To compute a mean yourself, divide by max(count, 1).
+    Those of cross_entropy are. For a mean of your own, divide by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -175,7 +175,7 @@ def run_rank(rank, args, host, port):
     device = choose_device(rank)
     if args.definitions:
         use_definitions(args.definitions)  # instead of those in part 1
-    store = dist.TCPStore(host, port)  # connects to it
+    store = dist.TCPStore(host, port)  # a client of that store
     limit = timedelta(seconds=args.timeout)
     dist.init_process_group(
         args.backend, store=store, rank=rank, world_size=args.world_size, timeout=limit
@@ -250,7 +250,7 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.communicates = is_ddp  # turned off only to time steps without it
+        self.communicates = is_ddp  # False while steps are timed without averaging
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its
@@ -345,7 +345,7 @@ class Trainer:
 
         `counts` has the number of items in each batch of this rank. All items of a step
         should count equally. But DDP averages over ranks, whether they have many items
-        or few. So each batch is weighed by its size, relative to the average rank:
+        or few. So each batch is weighted by its size, relative to the average rank:
             factor = items in the batch / items that a rank has on average in this step
         With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
             (10/20 * loss_0 + 30/20 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
@@ -629,7 +629,8 @@ def advice(figures, args):
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
     without_sync = figures["normal_step_ms"] / (data + compute)
     if without_sync < 1.1:  # even free averaging would hardly help
-        return f"{text}There is too little work to share: use a larger model or batch."
+        return f"""{text}There is too little work to share, or the processes slow each
+            other down: try a larger model or batch, or an idle machine."""
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
     return f"""{text}Averaging gradients takes up much of a step. Without it, the

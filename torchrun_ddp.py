@@ -94,7 +94,7 @@ def compute_loss(model, batch):
     which averages gradients only after such a call.
 
     If a batch can have no items, for example only padding, its gradients have to be 0.
-    Those of cross_entropy are. To compute a mean yourself, divide by max(count, 1).
+    Those of cross_entropy are. For a mean of your own, divide by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -192,7 +192,7 @@ class Trainer:
         if validation_set is not None:
             # Every sample is used exactly once. (DistributedSampler would repeat some.)
             # Some ranks may have one batch more than others. That does no harm, because
-            # validate() calls the model without DDP, which exchanges nothing.
+            # validate() uses the model without DDP, and so exchanges nothing per batch.
             own = range(self.rank, len(validation_set), self.world_size)
             batch_sampler = BatchSampler(own, args.batch_size, drop_last=False)
             self.validation_loader = make_loader(validation_set, batch_sampler, args)
@@ -306,7 +306,7 @@ class Trainer:
 
         `counts` has the number of items in each batch of this rank. All items of a step
         should count equally. But DDP averages over ranks, whether they have many items
-        or few. So each batch is weighed by its size, relative to the average rank:
+        or few. So each batch is weighted by its size, relative to the average rank:
             factor = items in the batch / items that a rank has on average in this step
         With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
             (10/20 * loss_0 + 30/20 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40

@@ -157,7 +157,7 @@ def waits(args):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             name, options = function.overloadpacket.__name__, options or {}
-            if name != "_to_copy" or "device" in options:  # or it changes the dtype
+            if name != "_to_copy" or "device" in options:  # else only a new dtype
                 seen[name] += 1
             return function(*arguments, **options)
 
