@@ -109,8 +109,9 @@ def compute_loss(model, batch):
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
     which averages gradients only after such a call.
 
-    If a batch can have no items, for example only padding, its gradients have to be 0.
-    Those of cross_entropy are. For a mean of your own, divide by max(count, 1).
+    If a batch has no items, for example only padding, the mean is 0 / 0, and the loss
+    is NaN. Only its gradients matter, and cross_entropy makes them 0. For a mean of
+    your own, divide by max(count, 1), or its gradients will be NaN, too.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -318,7 +319,7 @@ class Trainer:
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
             # DDP 5, again: .grad adds up the gradients of all batches. Only the last
-            # backward() has to average this sum over the ranks. For the others,
+            # backward() has to average this sum over the ranks. For the earlier ones,
             # no_sync() turns averaging off. The forward pass has to be inside, too,
             # because DDP decides there whether to average.
             is_last = index == len(batches) - 1
@@ -327,8 +328,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Call backward() even for a batch without items (see compute_loss),
-                # because the ranks wait for each other there.
+                # Call backward() even for a batch without items, because the ranks wait
+                # for each other there. Its gradients are 0 (see compute_loss).
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -344,17 +345,18 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. All items of a step
-        should count equally. But DDP averages over ranks, whether they have many items
-        or few. So each batch is weighted by its size, relative to the average rank:
-            factor = items in the batch / items that a rank has on average in this step
-        With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
+        should count equally. But a loss is a mean over its batch, and DDP averages over
+        the ranks, whether they have many items or few. So the factor is
+            items in the batch / mean number of items per rank in this step
+        With a batch of 10 items on rank 0 and one of 30 on rank 1, DDP computes
             (10/20 * loss_0 + 30/20 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
         With 4 equally large batches on each rank, each factor is 1/4.
         In normal training, there is only one rank.
         """
-        items_per_rank = sum(counts)  # the average, if all ranks have equally many
+        own_items = sum(counts)
+        items_per_rank = own_items  # the mean, if all ranks have equally many
         if COUNTS_DIFFER and self.communicates:
-            total = torch.full((), sum(counts), device=self.device)
+            total = torch.full((), own_items, device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
             items_per_rank = total / self.num_ranks
         # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
@@ -393,7 +395,7 @@ class Metrics:
 
 def leave_group():
     """Leave the process group. Nothing may use the DDP model any more."""
-    guard_exit()  # against a rare failure: see the last part
+    guard_exit()  # against a rare failure: see its docstring
     dist.destroy_process_group()  # DDP 9: leave
 
 
@@ -438,7 +440,7 @@ def check_gradients(ddp_trainer, normal_trainer):
             {difference:.1g} (relative difference) in {name}. See "Wrong" in the
             README."""
     elif same is None:
-        text = """Cannot tell if DDP is right: even normal training, done twice, gives
+        text = """Cannot tell if DDP is right: two equal runs of normal training give
             different gradients, or infinite ones. See "Not repeatable" in the
             README."""
     print_wrapped(text)
@@ -451,16 +453,15 @@ def take_gradients(trainer, batches):
     """Return the gradients, by parameter. The model stays as it was.
 
     With DDP, `batches` has the batch of this rank, and backward() averages over the
-    ranks. Normal training has one batch of each rank, and adds up their gradients.
+    ranks. In normal training, `batches` has those of all ranks.
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # DDP's factors are count / items per rank, and DDP divides the gradients by the
-    # number of ranks. Normal training has factors of count / all items. That is the
-    # same, but rounds differently in low precision. So do as DDP does: multiply by the
-    # number of ranks here, and divide the gradients by it below. (There is no scaler:
-    # what float16 rounds to 0 is 0 both ways.)
-    ranks = 1 if trainer.is_ddp else len(batches)  # DDP divides by itself
+    # With N ranks, DDP's factors are N times as large as those of normal training, and
+    # DDP divides the gradients by N at the end. The result is the same, but it would be
+    # rounded differently in low precision. So let normal training do this, too. (There
+    # is no GradScaler: gradients that are too small for float16 are 0 both ways.)
+    scale = 1 if trainer.is_ddp else len(batches)  # one batch per rank
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -471,7 +472,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * ranks)).backward()
+        (loss * (factor * scale)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -479,7 +480,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / ranks
+            gradients[name] = gradient.detach().to_dense().cpu() / scale
     model.zero_grad()
     return gradients
 
@@ -609,7 +610,7 @@ def advice(figures, args):
     devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
     data, compute, sync = figures["ddp_step_ms"].values()
     by_rank = figures["compute_ms_by_rank"]
-    slowest, usual = max(by_rank), median_low(by_rank)  # of two, the lower one
+    slowest, usual = max(by_rank), median_low(by_rank)  # of two ranks, the faster
     if args.world_size == 1:
         return "With one process, DDP cannot be faster."
     if args.world_size > devices:
@@ -623,12 +624,12 @@ def advice(figures, args):
     # Waiting for the slowest rank counts as sync. If it is most of sync, say so.
     if slowest > 1.2 * usual and slowest - usual > sync / 2:
         return f"""{text}Rank {by_rank.index(slowest)} computes {slowest / usual:.1f}
-            times as long as a typical rank does, and the others wait for it."""
+            times as long as a typical rank, and the others wait for it."""
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
     without_sync = figures["normal_step_ms"] / (data + compute)
-    if without_sync < 1.1:  # even free averaging would hardly help
+    if without_sync < 1.1:  # hardly faster, even without averaging
         return f"""{text}There is too little work to share, or the processes slow each
             other down: try a larger model or batch, or an idle machine."""
     if sync < 0.2 * (data + compute + sync):

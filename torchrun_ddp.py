@@ -93,8 +93,9 @@ def compute_loss(model, batch):
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
     which averages gradients only after such a call.
 
-    If a batch can have no items, for example only padding, its gradients have to be 0.
-    Those of cross_entropy are. For a mean of your own, divide by max(count, 1).
+    If a batch has no items, for example only padding, the mean is 0 / 0, and the loss
+    is NaN. Only its gradients matter, and cross_entropy makes them 0. For a mean of
+    your own, divide by max(count, 1), or its gradients will be NaN, too.
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -155,7 +156,8 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    Trainer(args, device).train()  # not stored, so that guard_exit() can free it
+    # The trainer has no name here, so that leave_group() can free the DDP model.
+    Trainer(args, device).train()
     leave_group()  # DDP 9, at the end of part 2
 
 
@@ -185,7 +187,7 @@ class Trainer:
         self.sampler = DistributedSampler(
             self.dataset, self.world_size, self.rank, seed=args.seed, drop_last=True
         )
-        # This gives a list of indices per batch. A resumed epoch can skip some of them.
+        # This gives a list of indices per batch, so a resumed epoch can skip batches.
         self.batch_sampler = BatchSampler(self.sampler, args.batch_size, drop_last=True)
         self.loader = make_loader(self.dataset, self.batch_sampler, args)
         self.validation_loader = None
@@ -280,7 +282,7 @@ class Trainer:
         factors = self.loss_factors(counts)
         for index, batch in enumerate(batches):
             # DDP 5, again: .grad adds up the gradients of all batches. Only the last
-            # backward() has to average this sum over the ranks. For the others,
+            # backward() has to average this sum over the ranks. For the earlier ones,
             # no_sync() turns averaging off. The forward pass has to be inside, too,
             # because DDP decides there whether to average.
             is_last = index == len(batches) - 1
@@ -288,8 +290,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Call backward() even for a batch without items (see compute_loss),
-                # because the ranks wait for each other there.
+                # Call backward() even for a batch without items, because the ranks wait
+                # for each other there. Its gradients are 0 (see compute_loss).
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -305,16 +307,17 @@ class Trainer:
         """Return, for each batch, the factor by which its mean loss is multiplied.
 
         `counts` has the number of items in each batch of this rank. All items of a step
-        should count equally. But DDP averages over ranks, whether they have many items
-        or few. So each batch is weighted by its size, relative to the average rank:
-            factor = items in the batch / items that a rank has on average in this step
-        With 10 items on rank 0 and 30 on rank 1, the average is 20, and DDP computes
+        should count equally. But a loss is a mean over its batch, and DDP averages over
+        the ranks, whether they have many items or few. So the factor is
+            items in the batch / mean number of items per rank in this step
+        With a batch of 10 items on rank 0 and one of 30 on rank 1, DDP computes
             (10/20 * loss_0 + 30/20 * loss_1) / 2 = (10 * loss_0 + 30 * loss_1) / 40
         With 4 equally large batches on each rank, each factor is 1/4.
         """
-        items_per_rank = sum(counts)  # the average, if all ranks have equally many
+        own_items = sum(counts)
+        items_per_rank = own_items  # the mean, if all ranks have equally many
         if COUNTS_DIFFER:
-            total = torch.full((), sum(counts), device=self.device)
+            total = torch.full((), own_items, device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
             items_per_rank = total / self.world_size
         # A batch without items gets 0. (If no rank has any, 0 / 0 would be NaN.)
@@ -372,7 +375,7 @@ class Metrics:
 
 def leave_group():
     """Leave the process group. Nothing may use the DDP model any more."""
-    guard_exit()  # against a rare failure: see the last part
+    guard_exit()  # against a rare failure: see its docstring
     dist.destroy_process_group()  # DDP 9: leave
 
 
@@ -388,7 +391,7 @@ def save_snapshot(trainer, path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if saved["snapshot_id"] != trainer.snapshot_id:  # not the one of this run
             sys.exit(f"another run has saved to {path}, so this one stops")
-    trainer.snapshot_id = time.time()  # other runs save at different moments
+    trainer.snapshot_id = time.time()  # two runs do not save at the same instant
     snapshot = {
         "model": trainer.model.state_dict(),  # ddp_model's keys begin with "module."
         "optimizer": trainer.optimizer.state_dict(),
@@ -456,8 +459,8 @@ def restore(trainer, snapshot):
 def settings_to_keep(trainer):
     """Return, by name, what has to be the same when a run is resumed.
 
-    That includes the options that make_optimizer has set: loading a snapshot replaces
-    them, so it would silently undo your edits.
+    That includes the options that make_optimizer has set, such as the learning rate.
+    Loading a snapshot brings the old ones back, so it would silently undo your edits.
     """
     settings = {"length of the dataset": len(trainer.dataset)}
     for name in ("input_size", "seed", "max_grad_norm"):
@@ -523,8 +526,8 @@ def parse_args():
     if not can_share and int(env["LOCAL_WORLD_SIZE"]) > gpus:
         problem = f"--backend nccl needs a GPU for each process, and there are {gpus}"
         parser.error(f"{problem}: use --backend gloo, or fewer processes")
-    # Without this setting, restarted ranks find the old ranks' addresses in torchrun's
-    # store, and try to connect to dead processes.
+    # Without the setting below, restarted ranks find the old ranks' addresses in
+    # torchrun's store, and try to connect to dead processes.
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         needs = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and c10d or --standalone"

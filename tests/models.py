@@ -605,14 +605,19 @@ class CyclicDDP(DistributedDataParallel):
 # What the scripts must survive, or warn of.
 
 
-class Sparse(nn.Module):
-    """An embedding with sparse gradients, and (if gloo can send it) a complex parameter."""
+class SparseOrComplex(nn.Module):
+    """With old PyTorch an embedding with sparse gradients, or else a complex parameter.
 
+    Old versions cannot send complex numbers with gloo. Newer ones can corrupt memory
+    when DDP averages sparse gradients (see README.md here).
+    """
+
+    is_sparse = torch.__version__ < "2.7"
     kind = torch.complex64 if torch.__version__ >= "2.13" else torch.float32
 
     def __init__(self, input_size):
         super().__init__()
-        self.embed = nn.Embedding(50, 16, sparse=True)
+        self.embed = nn.Embedding(50, 16, sparse=self.is_sparse)
         self.rotate = nn.Parameter(torch.randn(8, dtype=self.kind))
         self.output = nn.Linear(16, 2)
 

@@ -31,7 +31,9 @@ RIGHT = {
         "count_items": "weight_count",
         "COUNTS_DIFFER": "YES",
     },
-    "sparse and complex": dict(TEXT_JOB, MyModel="Sparse", make_optimizer="sgd"),
+    "sparse or complex": dict(
+        TEXT_JOB, MyModel="SparseOrComplex", make_optimizer="sgd"
+    ),
     "masking": dict(JOBS["tokens"], collate="mask_and_pad"),
     "mixup": dict(CNN_JOB, collate="mixup"),
     "siamese": dict(AUGMENTED, MyModel="BatchNormCNN", compute_loss="siamese_loss"),
@@ -43,7 +45,7 @@ RIGHT = {
 }
 if torch.__version__ < "2.13":  # older DDP with BatchNorm cannot be called twice
     del RIGHT["siamese"]
-NO_HALF = {"LSTM", "sparse and complex"}  # PyTorch has no float16 of these on a CPU
+NO_HALF = {"LSTM", "sparse or complex"}  # PyTorch has no float16 of these on a CPU
 EXPERTS = {**AUGMENTED, "MyModel": "Experts", "wrap_in_ddp": "wrap_unused"}
 
 DIFFICULT = {**AUGMENTED, "MyModel": "SpectralCNN"}  # BatchNorm, dropout

@@ -30,7 +30,9 @@ SLOW = {"item": {"compute_loss": "reads_a_value"}}
 SLOW["new_tensor"] = {"compute_loss": "makes_a_tensor"}
 # What may look like a mistake, and must not be warned of.
 ODD = {
-    "sparse": dict(TEXT_JOB, MyModel="Sparse", make_optimizer="sgd"),
+    "sparse or complex": dict(
+        TEXT_JOB, MyModel="SparseOrComplex", make_optimizer="sgd"
+    ),
     "experts": {**CNN_JOB, "MyModel": "Experts", "wrap_in_ddp": "wrap_unused"},
     "turned buffer": {**CNN_JOB, "MyModel": "TurnedBuffer"},
     "BatchNorm": {**CNN_JOB, "MyModel": "ConvBiasNorm"},
