@@ -14,10 +14,11 @@ gradients. For real training, or several machines, use torchrun_ddp.py.
 Part 1 defines the data and the model: edit it, or write your versions to a file that
 you pass with --definitions. (That can be your edited copy of torchrun_ddp.py, too.)
 Part 2 launches the processes and trains. Comments mark the main things that a script
-for one GPU does not need: DDP 1 launch, 2 join, 3 same data, 4 shard, 5 wrap, 6 rank 0
-prints, 7 reshuffle, 8 measure, 9 leave. Part 3 compares gradients. Part 4 measures
-time. Part 5 has flags, helpers that you can look up when you meet them, the code that
-starts the processes, and guards against rare failures.
+for one GPU does not need, with the same numbers as in torchrun_ddp.py: DDP 1 launch, 2
+join, 3 same data, 4 shard, 5 wrap, 6 rank 0 prints, 7 reshuffle, 8 measure, 9 leave.
+Part 3 compares gradients. Part 4 measures time. Part 5 has flags, helpers that you can
+look up when you meet them, the code that starts the processes, and guards against rare
+failures.
 
 The world size is the number of processes. Each has a rank, from 0 to world size - 1. A
 collective, such as all_reduce, is an exchange between all ranks. All have to make the
@@ -109,9 +110,10 @@ def compute_loss(model, batch):
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
     which averages gradients only after such a call.
 
-    If a batch has no items, for example only padding, the mean is 0 / 0, and the loss
-    is NaN. Only its gradients matter, and cross_entropy makes them 0. For a mean of
-    your own, divide by max(count, 1), or its gradients will be NaN, too.
+    If a batch has no items, for example only padding, its mean loss is 0 / 0 = NaN.
+    Training multiplies it by 0, and backward() starts from this 0, not from the NaN. So
+    with cross_entropy, all gradients are 0. But if you compute sum / count yourself,
+    they are 0 * (1 / 0) = NaN. To avoid that, divide by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -143,7 +145,7 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, total_steps, args):
     """Return a scheduler or None. Its step() is called after each optimizer step."""
-    return  # None, to keep the learning rate
+    return  # None: the learning rate stays constant
 
 
 def wrap_in_ddp(model):
@@ -188,7 +190,7 @@ def run_rank(rank, args, host, port):
         # launch() ends all processes if one fails, and would show only one error.
         traceback.print_exc()
         sys.exit(1)
-    leave_group()  # DDP 9, at the end of part 2
+    leave_group()  # DDP 9
     sys.exit(0 if is_right else 1)
 
 
@@ -251,7 +253,7 @@ class Trainer:
 
     def __init__(self, args, device, dataset, model, is_ddp):
         self.args, self.device, self.is_ddp = args, device, is_ddp
-        self.communicates = is_ddp  # False while steps are timed without averaging
+        self.communicates = is_ddp  # measure_step() turns this off for a while
         self.rank = dist.get_rank() if is_ddp else 0
         self.num_ranks = args.world_size if is_ddp else 1
         # DDP 4: shard. In each epoch, all ranks shuffle alike, and each gets its
@@ -274,12 +276,13 @@ class Trainer:
         self.num_steps = math.ceil(len(self.loader) / self.batches_per_step)
 
         self.model = model.to(device)
-        self.model_to_call = self.model
+        self.model_to_call, self.no_sync = self.model, nullcontext
         if is_ddp:
             # DDP 5: wrap. This sends the weights of rank 0 to all ranks. To train, call
             # the wrapped model: only then does backward() average the gradients over
             # the ranks. So all ranks take the same step and keep equal weights.
             self.model_to_call = wrap_in_ddp(self.model)  # shares the weights
+            self.no_sync = self.model_to_call.no_sync
         self.optimizer = make_optimizer(self.model, args)
         total_steps = args.epochs * self.num_steps
         self.scheduler = make_scheduler(self.optimizer, total_steps, args)
@@ -323,13 +326,13 @@ class Trainer:
             # no_sync() turns averaging off. The forward pass has to be inside, too,
             # because DDP decides there whether to average.
             is_last = index == len(batches) - 1
-            skip_average = self.is_ddp and not (is_last and self.communicates)
-            with self.model_to_call.no_sync() if skip_average else nullcontext():
+            average_now = is_last and self.communicates
+            with nullcontext() if average_now else self.no_sync():
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.model_to_call, batch)
-                # Call backward() even for a batch without items, because the ranks wait
-                # for each other there. Its gradients are 0 (see compute_loss).
+                # Call backward() even for a batch without items (see compute_loss),
+                # because the ranks wait for each other there.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -450,18 +453,18 @@ def check_gradients(ddp_trainer, normal_trainer):
 
 
 def take_gradients(trainer, batches):
-    """Return the gradients, by parameter. The model stays as it was.
+    """Return the gradients, by parameter. Weights and buffers stay as they were.
 
     With DDP, `batches` has the batch of this rank, and backward() averages over the
     ranks. In normal training, `batches` has those of all ranks.
     """
     counts = [float(count_items(batch)) for batch in batches]
     factors = trainer.loss_factors(counts)
-    # With N ranks, DDP's factors are N times as large as those of normal training, and
-    # DDP divides the gradients by N at the end. The result is the same, but it would be
-    # rounded differently in low precision. So let normal training do this, too. (There
-    # is no GradScaler: gradients that are too small for float16 are 0 both ways.)
-    scale = 1 if trainer.is_ddp else len(batches)  # one batch per rank
+    # With N ranks, the factors of normal training contain a division by N. DDP divides
+    # by N later, after backward(). In low precision, that is rounded differently. So
+    # here, normal training divides later, too. (There is no GradScaler: gradients that
+    # are too small for float16 are 0 both ways.)
+    divide_later = 1 if trainer.is_ddp else len(batches)  # DDP does it already
     model = trainer.model
     state = copy.deepcopy(model.state_dict())
     trainer.model_to_call.train()
@@ -472,7 +475,7 @@ def take_gradients(trainer, batches):
             # a copy, because compute_loss may change the batch, as by batch.pop()
             batch = to_device(copy.copy(batch), trainer.device)
             loss, _ = compute_loss(trainer.model_to_call, batch)
-        (loss * (factor * scale)).backward()
+        (loss * (factor * divide_later)).backward()
     model.load_state_dict(state)
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -480,7 +483,7 @@ def take_gradients(trainer, batches):
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            gradients[name] = gradient.detach().to_dense().cpu() / scale
+            gradients[name] = gradient.detach().to_dense().cpu() / divide_later
     model.zero_grad()
     return gradients
 
@@ -528,8 +531,8 @@ def measure_step(ddp_trainer, results):
     # Repeat steps for about 0.4 seconds. All ranks take as many as rank 0.
     repeats = max(2, round(400 / gather_from_all(whole_ms)[0]))
     batches = list(islice(ddp_trainer.loader, 4 * ddp_trainer.batches_per_step))
-    # As the model overfits these few batches, its gradients become tiny. Denormal
-    # numbers are slow on CPUs, so round them to 0.
+    # As the model overfits these few batches, its gradients become tiny, in the end too
+    # small for normal floats. CPUs are slow with those (denormals), so round them to 0.
     torch.set_flush_denormal(True)
     # Time steps on batches that have been read, and then also without averaging:
     #     data = whole step - step on batches that have been read
@@ -628,14 +631,14 @@ def advice(figures, args):
     if data > max(compute, sync):
         workers = args.num_workers + 2
         return f"{text}Loading data takes the longest: try --num_workers {workers}."
-    without_sync = figures["normal_step_ms"] / (data + compute)
-    if without_sync < 1.1:  # hardly faster, even without averaging
+    speedup_without_sync = figures["normal_step_ms"] / (data + compute)
+    if speedup_without_sync < 1.1:
         return f"""{text}There is too little work to share, or the processes slow each
             other down: try a larger model or batch, or an idle machine."""
     if sync < 0.2 * (data + compute + sync):
         return f"{text}The largest part of a step is computing, as it should be."
     return f"""{text}Averaging gradients takes up much of a step. Without it, the
-        speedup would be {without_sync:.1f}. To come closer to that, accumulate
+        speedup would be {speedup_without_sync:.1f}. To come closer to that, accumulate
         gradients, as with --grad_accum_steps {4 * args.grad_accum_steps}. This enlarges
         the global batch, so you may have to tune the learning rate again."""
 
@@ -833,7 +836,7 @@ def open_store():
 
 
 def launch(function, arguments, num_processes):
-    """Run mp.spawn. If a process fails, end with its code, and end the others."""
+    """Start the processes. If one fails, end the others, and exit with its code."""
     try:
         # Block Ctrl-C while the processes start. They inherit that, so only this
         # process reacts to it.

@@ -93,9 +93,10 @@ def compute_loss(model, batch):
     Call model(...), not one of its methods: in training, the model is wrapped in DDP,
     which averages gradients only after such a call.
 
-    If a batch has no items, for example only padding, the mean is 0 / 0, and the loss
-    is NaN. Only its gradients matter, and cross_entropy makes them 0. For a mean of
-    your own, divide by max(count, 1), or its gradients will be NaN, too.
+    If a batch has no items, for example only padding, its mean loss is 0 / 0 = NaN.
+    Training multiplies it by 0, and backward() starts from this 0, not from the NaN. So
+    with cross_entropy, all gradients are 0. But if you compute sum / count yourself,
+    they are 0 * (1 / 0) = NaN. To avoid that, divide by max(count, 1).
     """
     inputs, labels = batch
     outputs = model(inputs)
@@ -127,7 +128,7 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, total_steps, args):
     """Return a scheduler or None. Its step() is called after each optimizer step."""
-    return  # None, to keep the learning rate
+    return  # None: the learning rate stays constant
 
 
 def wrap_in_ddp(model):
@@ -156,9 +157,10 @@ def main():
     if dist.get_rank() == 0:
         how = f"{device.type}, {args.backend}, {args.precision}"
         print(f"world size {dist.get_world_size()} on {how}")
-    # The trainer has no name here, so that leave_group() can free the DDP model.
-    Trainer(args, device).train()
-    leave_group()  # DDP 9, at the end of part 2
+    trainer = Trainer(args, device)
+    trainer.train()
+    del trainer  # frees the DDP model, or else Gloo could crash when Python exits
+    leave_group()  # DDP 9
 
 
 class Trainer:
@@ -212,7 +214,7 @@ class Trainer:
             self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.snapshot_id = None  # of the snapshot that this run has saved or loaded
+        self.snapshot_id = None  # of this run's file: another run must not replace it
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -290,8 +292,8 @@ class Trainer:
                 with self.autocast:
                     batch = to_device(batch, self.device, non_blocking=True)
                     loss, sums = compute_loss(self.ddp_model, batch)
-                # Call backward() even for a batch without items, because the ranks wait
-                # for each other there. Its gradients are 0 (see compute_loss).
+                # Call backward() even for a batch without items (see compute_loss),
+                # because the ranks wait for each other there.
                 self.scaler.scale(loss * factors[index]).backward()
             metrics.add(loss, sums, counts[index])
         self.scaler.unscale_(self.optimizer)  # the scaler is only active in float16
@@ -417,7 +419,7 @@ def load_snapshot(trainer, path):
     """Resume from the snapshot, if there is one. All ranks have to call this."""
     problem = ""
     try:
-        if trainer.rank == 0:  # if it cannot be written, fail now
+        if trainer.rank == 0:  # fail now if it cannot be written
             open(path + ".tmp", "ab").close()
         if os.path.exists(path):
             # weights_only: a snapshot is data, and must not run code.

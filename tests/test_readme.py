@@ -253,8 +253,8 @@ def trained(finish, folder):
         "index = torch.searchsorted(self.sums, torch.rand(()) * self.sums[-1]).item()"
     )
     best = (
-        'best = torch.load("best.pt", map_location="cpu")["loss"] '
-        'if os.path.exists("best.pt") else math.inf',
+        'best = torch.load("best.pt", map_location="cpu")["loss"]'
+        + ' if os.path.exists("best.pt") else math.inf',
         'if means["loss"] < best:',
         'best = means["loss"]',
         'torch.save({"loss": best, "model": self.model.state_dict()}, "best.pt")',
