@@ -190,7 +190,7 @@ def run_rank(rank, args, host, port):
         # launch() ends all processes if one fails, and would show only one error.
         traceback.print_exc()
         sys.exit(1)
-    leave_group()  # DDP 9
+    leave_group()
     sys.exit(0 if is_right else 1)
 
 
@@ -276,7 +276,8 @@ class Trainer:
         self.num_steps = math.ceil(len(self.loader) / self.batches_per_step)
 
         self.model = model.to(device)
-        self.model_to_call, self.no_sync = self.model, nullcontext
+        self.model_to_call = self.model
+        self.no_sync = nullcontext  # normal training has nothing to turn off
         if is_ddp:
             # DDP 5: wrap. This sends the weights of rank 0 to all ranks. To train, call
             # the wrapped model: only then does backward() average the gradients over
@@ -357,7 +358,7 @@ class Trainer:
         In normal training, there is only one rank.
         """
         own_items = sum(counts)
-        items_per_rank = own_items  # the mean, if all ranks have equally many
+        items_per_rank = own_items  # which is the mean if all have equally many
         if COUNTS_DIFFER and self.communicates:
             total = torch.full((), own_items, device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
@@ -443,9 +444,8 @@ def check_gradients(ddp_trainer, normal_trainer):
             {difference:.1g} (relative difference) in {name}. See "Wrong" in the
             README."""
     elif same is None:
-        text = """Cannot tell if DDP is right: two equal runs of normal training give
-            different gradients, or infinite ones. See "Not repeatable" in the
-            README."""
+        text = """Cannot tell if DDP is right: even without DDP, two runs give different
+            gradients, or infinite ones. See "Not repeatable" in the README."""
     print_wrapped(text)
     size = sum(gradient.nbytes for gradient in expected.values())
     figures = {"same_gradients": same, "gradient_difference": difference}
@@ -613,7 +613,7 @@ def advice(figures, args):
     devices, kind = (gpus, "GPUs") if gpus else (args.cores, "cores")
     data, compute, sync = figures["ddp_step_ms"].values()
     by_rank = figures["compute_ms_by_rank"]
-    slowest, usual = max(by_rank), median_low(by_rank)  # of two ranks, the faster
+    slowest, usual = max(by_rank), median_low(by_rank)  # the faster of two ranks
     if args.world_size == 1:
         return "With one process, DDP cannot be faster."
     if args.world_size > devices:

@@ -160,7 +160,7 @@ def main():
     trainer = Trainer(args, device)
     trainer.train()
     del trainer  # frees the DDP model, or else Gloo could crash when Python exits
-    leave_group()  # DDP 9
+    leave_group()
 
 
 class Trainer:
@@ -214,7 +214,7 @@ class Trainer:
             self.autocast = torch.autocast(device.type, getattr(torch, args.precision))
         self.epochs_done = 0
         self.batches_done = 0  # by this rank, in the current epoch
-        self.snapshot_id = None  # of this run's file: another run must not replace it
+        self.snapshot_id = None  # tells this run's snapshots from those of other runs
         self.settings = settings_to_keep(self)  # what must not change when resuming
         if args.snapshot_path:
             load_snapshot(self, args.snapshot_path)  # on all ranks
@@ -317,7 +317,7 @@ class Trainer:
         With 4 equally large batches on each rank, each factor is 1/4.
         """
         own_items = sum(counts)
-        items_per_rank = own_items  # the mean, if all ranks have equally many
+        items_per_rank = own_items  # which is the mean if all have equally many
         if COUNTS_DIFFER:
             total = torch.full((), own_items, device=self.device)
             dist.all_reduce(total)  # adds up the numbers of all ranks
